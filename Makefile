@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# Needs python3 (>= 3.11), pip and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+PYTEST_ARGS ?= -q -n auto --dist loadfile
+TYPED := flexolmo_jax/config.py flexolmo_jax/tree.py flexolmo_jax/checkpoint.py flexolmo_jax/experts
+
+.PHONY: setup demo test unit lint types format clean
+.NOTPARALLEL:
+
+setup: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp makes a second call quick: pip runs again only when the metadata changed.
+$(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[demo,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/flexolmo demo --workdir runs/demo $(ARGS)
+
+test: lint types unit
+
+unit: setup
+	@$(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+
+format: setup
+	$(BIN)/ruff check -q --fix .
+	$(BIN)/ruff format -q .
+
+# PYRIGHT_PYTHON_IGNORE_WARNINGS: a newer checker is no reason for a message.
+types: setup
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python $(wildcard $(TYPED))
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
