@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model in plain NumPy float64, one token at a time: evidence that the fast one is right.
+
+It was written from the design notes and the paper alone, before the package's own layers were read,
+and shares no code with them: `config` is only asked for its fields. Loops are deliberate.
+"""
+
+import numpy as np
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def positions_of(segments):
+    """Position of each token inside its document and the index where that document starts."""
+    positions, starts = np.zeros(len(segments), int), np.zeros(len(segments), int)
+    for t in range(1, len(segments)):
+        if segments[t] == segments[t - 1]:
+            positions[t], starts[t] = positions[t - 1] + 1, starts[t - 1]
+        else:
+            positions[t], starts[t] = 0, t
+    return positions, starts
+
+
+def rotate(head, position, theta):
+    """RoPE of one head: dimensions i and i + H/2 turn by position * theta^(-2i/H)."""
+    half = len(head) // 2
+    out = np.empty_like(head)
+    for i in range(half):
+        angle = position * theta ** (-2.0 * i / len(head))
+        c, s = np.cos(angle), np.sin(angle)
+        out[i] = head[i] * c - head[i + half] * s
+        out[i + half] = head[i + half] * c + head[i] * s
+    return out
+
+
+def attention(config, layer, x, segments):
+    """Causal grouped-query attention of one row [T,D] inside each document."""
+    length, d_model = x.shape
+    n, kv, d_head = config.n_heads, config.n_kv_heads, config.d_head
+    q = x @ layer["w_q"].reshape(d_model, n * d_head)
+    k = x @ layer["w_k"].reshape(d_model, kv * d_head)
+    v = (x @ layer["w_v"].reshape(d_model, kv * d_head)).reshape(length, kv, d_head)
+    if config.qk_norm == "full":
+        q = rms_norm(q, layer["q_norm"], config.norm_eps)
+        k = rms_norm(k, layer["k_norm"], config.norm_eps)
+    q, k = q.reshape(length, n, d_head), k.reshape(length, kv, d_head)
+    positions, starts = positions_of(segments)
+    q_rot, k_rot = np.empty_like(q), np.empty_like(k)
+    for t in range(length):
+        for i in range(n):
+            q_rot[t, i] = rotate(q[t, i], positions[t], config.rope_theta)
+        for j in range(kv):
+            k_rot[t, j] = rotate(k[t, j], positions[t], config.rope_theta)
+    out = np.zeros((length, d_model))
+    for t in range(length):
+        first = starts[t]
+        for i in range(n):
+            j = i // (n // kv)
+            scores = k_rot[first : t + 1, j] @ q_rot[t, i] / np.sqrt(d_head)
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            out[t] += (weights @ v[first : t + 1, j]) @ layer["w_o"][i]
+    return out
+
+
+def swiglu(x, w_gate, w_up, w_down):
+    """down(silu(gate(x)) * up(x)) of one token."""
+    gate = x @ w_gate
+    return (gate / (1.0 + np.exp(-gate)) * (x @ w_up)) @ w_down
+
+
+def combine_weights(x, router, raw_bias, allowed, segments, *, k, context, renormalize):
+    """Weight of each slot for each token of a row: x [T,D], router [E,D], allowed [E] -> [T,E]."""
+    allowed = np.asarray(allowed, bool)
+    if not allowed.any():
+        raise ValueError("no slot is allowed")
+    candidates = np.flatnonzero(allowed)
+    _, starts = positions_of(segments)
+    out = np.zeros((len(x), len(router)))
+    raw_logits = {e: x @ router[e] for e in candidates}
+    for t in range(len(x)):
+        first = starts[t] if context == "document" else t
+        logits = []
+        for e in candidates:
+            bias = 0.0 if e == 0 else -np.logaddexp(0.0, raw_bias[e])
+            logits.append(raw_logits[e][first : t + 1].mean() + bias)
+        probs = np.exp(np.array(logits) - max(logits))
+        probs /= probs.sum()
+        chosen = sorted(range(len(candidates)), key=lambda c: (-probs[c], c))[:k]
+        total = sum(probs[c] for c in chosen) if renormalize else 1.0
+        for c in chosen:
+            out[t, candidates[c]] = probs[c] / total
+    return out
+
+
+def mixture(config, layer, x, segments, allowed):
+    """Output [T,D] and combine weights [T,E] of one row; experts and router both read `x`."""
+    weights = combine_weights(
+        x, layer["router"], layer["bias"], allowed, segments,
+        k=config.n_active, context=config.router.context, renormalize=config.router.renormalize,
+    )  # fmt: skip
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        for e in np.flatnonzero(weights[t]):
+            expert = swiglu(x[t], layer["w_gate"][e], layer["w_up"][e], layer["w_down"][e])
+            out[t] += weights[t, e] * expert
+    return out, weights
+
+
+def block(config, layer, x, segments, allowed):
+    """One layer for one row: (new residual stream [T,D], combine weights [T,E])."""
+    eps = config.norm_eps
+    if config.norm_placement == "post":
+        h = x + rms_norm(attention(config, layer, x, segments), layer["attention_norm"], eps)
+        y, weights = mixture(config, layer, h, segments, allowed)
+        return h + rms_norm(y, layer["ffn_norm"], eps), weights
+    h = x + attention(config, layer, rms_norm(x, layer["attention_norm"], eps), segments)
+    y, weights = mixture(config, layer, rms_norm(h, layer["ffn_norm"], eps), segments, allowed)
+    return h + y, weights
+
+
+def _layer(params, index):
+    """The weights of one layer in one flat dict, as float64."""
+    layers = dict(params["shared"]["layers"])
+    merged = {**layers.pop("attention"), **layers, **params["experts"]}
+    return {name: np.asarray(leaf[index], np.float64) for name, leaf in merged.items()}
+
+
+def forward(config, params, tokens, segments=None, allowed=None):
+    """Runs the model.
+
+    Returns:
+      logits [B,T,V]; states [L+1,B,T,D], the residual stream before the first layer and after each
+      layer, final norm not applied; combine weights [L,B,T,E]. All float64.
+    """
+    tokens = np.asarray(tokens)
+    segments = np.ones_like(tokens) if segments is None else np.asarray(segments)
+    if allowed is None:
+        allowed = np.ones((len(tokens), config.n_slots), bool)
+    embedding = np.asarray(params["shared"]["embed"]["embedding"], np.float64)
+    head = embedding.T if config.tied_embeddings else params["shared"]["unembed"]
+    states, weights = [embedding[tokens]], []
+    for index in range(config.n_layers):
+        layer = _layer(params, index)
+        rows = [
+            block(config, layer, states[-1][b], segments[b], allowed[b]) for b in range(len(tokens))
+        ]
+        states.append(np.stack([x for x, _ in rows]))
+        weights.append(np.stack([w for _, w in rows]))
+    final_norm = np.asarray(params["shared"]["final_norm"], np.float64)
+    normed = rms_norm(states[-1], final_norm, config.norm_eps)
+    return normed @ np.asarray(head, np.float64), np.stack(states), np.stack(weights)
+
+
+def loss(logits, targets, loss_mask, z_loss=0.0):
+    """Mean over masked-in positions of -log p(target) + z_loss * logsumexp(logits)^2, nats."""
+    total, count = 0.0, 0
+    for b, t in np.argwhere(np.asarray(loss_mask)):
+        row = logits[b, t]
+        log_z = row.max() + np.log(np.exp(row - row.max()).sum())
+        total += log_z - row[targets[b, t]] + z_loss * log_z**2
+        count += 1
+    return total / count
