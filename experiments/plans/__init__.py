@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiment files: each returns a configuration or a plan."""
