@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NumPy reference against numbers worked out by hand, then the package against the reference."""
+"""The NumPy reference against numbers worked out by hand, then the package against it."""
 
 import types
 
 import numpy as np
 import pytest
-
-from tests.reference import numpy_olmo2 as ref
+from reference import numpy_olmo2 as ref
 
 LN = np.log
 
