@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named trees on disk through Orbax, and file listings whose every byte is covered by a digest.
+
+Orbax checksums no array payload, casts to another dtype in silence and follows symlinks,
+so every directory of this package is listed, hashed and compared before Orbax opens it.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from flexolmo_jax import tree as trees
+from flexolmo_jax.errors import CheckpointError, ConfigError, MachineError, Problem
+from flexolmo_jax.files import check_files, hash_files, list_files, write_text
+
+LEAF_MARKER, METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
+# What Orbax, tensorstore and zstd raise on damaged files; nothing else is expected of them.
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError)
+
+
+def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
+    """Leaf name ("a/b/c") to leaf of any pytree, in its own order, and its treedef.
+
+    Raises:
+      CheckpointError: two leaves share a name, or a name does not fit a file name.
+    """
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    out: dict[str, Any] = {}
+    for path, leaf in pairs:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in out or not all(LEAF_PART.fullmatch(part) for part in name.split("/")):
+            raise CheckpointError(
+                "A leaf needs a unique name of letters, digits, '_' and '-'", got=repr(name)
+            )
+        if jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.extended):
+            raise CheckpointError(
+                "A typed key cannot be saved", where=name, fix="save jax.random.key_data(key)"
+            )
+        out[name] = leaf
+    return out, treedef
+
+
+def to_host(leaf: Any) -> Any:
+    """The leaf as a numpy array if this process holds all of it, else the leaf itself."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return leaf
+    return np.asarray(leaf)
+
+
+def _wanted(record: logging.LogRecord) -> bool:
+    # Two things that Orbax warns of are as we asked for: no database to merge, no clock per item.
+    text = str(record.msg)
+    return "Skipping merge of OCDBT" not in text and "Metadata file does not exist" not in text
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    # One folder per leaf, not one database: a damaged file names its leaf, equal trees give equal
+    # bytes, and one leaf can be read without its neighbours.
+    log = logging.getLogger("absl")
+    log.addFilter(_wanted)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+            yield checkpointer
+    finally:
+        log.removeFilter(_wanted)
+
+
+def save_tree(path: str | Path, tree: Any) -> None:
+    """Saves a pytree of arrays as a new Orbax directory, completely or not at all.
+
+    Equal trees give equal files: sharding, time and place of the save leave no trace.
+
+    Raises:
+      CheckpointError: `path` exists, or a leaf cannot be saved.
+    """
+    path = Path(path).absolute()
+    if path.exists() or path.is_symlink():
+        raise CheckpointError("The checkpoint exists already", where=path)
+    leaves = {name: to_host(leaf) for name, leaf in named_leaves(tree)[0].items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(path.name + ".saving")
+    with _checkpointer() as checkpointer:
+        checkpointer.save(work, args=ocp.args.PyTreeSave(trees.unflatten(leaves)), force=True)
+    if jax.process_index() == 0:
+        _remove_traces(work)
+        os.replace(work, path)
+
+
+def _remove_traces(folder: Path) -> None:
+    """Takes this machine's path and clock out of the files that Orbax writes beside the arrays."""
+    (folder / MARKER).write_text("Checkpoint commit was successful\n")
+    text = (folder / METADATA).read_text()
+    text = re.sub(r'("(?:init|commit)_timestamp_nsecs": )\d+', r"\g<1>0", text)
+    (folder / METADATA).write_text(text)
+
+
+def read_metadata(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Leaf name to shape and dtype of a saved tree, from its metadata alone.
+
+    Raises:
+      CheckpointError: no checkpoint there, a link inside, or unreadable metadata.
+    """
+    path = Path(path).absolute()
+    _, problems = list_files(path)
+    if problems:
+        raise CheckpointError(
+            "Not a checkpoint that can be read", got="; ".join(map(str, problems)), where=path
+        )
+    try:
+        with _checkpointer() as checkpointer:
+            metadata = checkpointer.metadata(path).item_metadata
+        leaves, _ = named_leaves(metadata.tree)
+        return {
+            name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
+            for name, leaf in leaves.items()
+        }
+    except READ_ERRORS as e:
+        raise CheckpointError("The checkpoint's metadata cannot be read", got=e, where=path) from e
+
+
+def leaf_problems(
+    expected: Mapping[str, Any], found: Mapping[str, Any], where: str = ""
+) -> list[Problem]:
+    """Names, shapes and dtypes of two flat trees (leaf name to anything with both), compared."""
+    out = []
+    for name in sorted(set(expected) - set(found)):
+        out.append(Problem("leaf-missing", where, name, "expected, but not there"))
+    for name in sorted(set(found) - set(expected)):
+        out.append(Problem("leaf-extra", where, name, "there, but not expected"))
+    for name in sorted(set(found) & set(expected)):
+        want, got = expected[name], found[name]
+        if tuple(want.shape) != tuple(got.shape):
+            message = f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            out.append(Problem("leaf-shape", where, name, message))
+        if np.dtype(want.dtype) != np.dtype(got.dtype):
+            message = f"dtype {np.dtype(got.dtype).name}, expected {np.dtype(want.dtype).name}"
+            out.append(Problem("leaf-dtype", where, name, message))
+    return out
+
+
+def restore_arguments(leaf: Any) -> ocp.RestoreArgs:
+    """How Orbax should place one leaf: by its sharding if it has one, else as a numpy array."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.dtype(leaf.dtype))
+    return ocp.ArrayRestoreArgs(
+        sharding=sharding, global_shape=tuple(leaf.shape), dtype=np.dtype(leaf.dtype)
+    )
+
+
+def restore_tree(
+    path: str | Path, abstract_tree: Any, *, only: Collection[str] | None = None
+) -> Any:
+    """Restores exactly the tree that `abstract_tree` describes; never casts, pads or skips.
+
+    Args:
+      abstract_tree: pytree of arrays or ShapeDtypeStruct; a leaf with a sharding becomes a
+        jax.Array placed by it, any other a numpy array.
+      only: read just these leaves and return {name: array}.
+
+    Raises:
+      CheckpointError: lists every leaf that is missing, extra, or of another shape or dtype.
+    """
+    path = Path(path).absolute()
+    leaves, treedef = named_leaves(abstract_tree)
+    problems = leaf_problems(leaves, read_metadata(path))
+    if problems:
+        raise CheckpointError(
+            "The checkpoint does not hold the tree that was asked for",
+            got="; ".join(map(str, problems)),
+            where=path,
+        )
+    wanted = set(leaves if only is None else only)
+    item = {
+        name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
+        if name in wanted
+        else ocp.PLACEHOLDER
+        for name, leaf in leaves.items()
+    }
+    how = {
+        name: restore_arguments(leaf) if name in wanted else ocp.RestoreArgs()
+        for name, leaf in leaves.items()
+    }
+    arguments = ocp.args.PyTreeRestore(
+        item=trees.unflatten(item), restore_args=trees.unflatten(how)
+    )
+    try:
+        with _checkpointer() as checkpointer:
+            restored = trees.flatten(checkpointer.restore(path, args=arguments))
+    except READ_ERRORS as e:
+        raise CheckpointError("The checkpoint cannot be read", got=e, where=path) from e
+    if only is not None:
+        return {name: restored[name] for name in sorted(wanted)}
+    return jax.tree.unflatten(treedef, [restored[name] for name in leaves])
+
+
+# ---------------------------------------------------------------- training runs
+
+DIGESTS = "digests.json"
+# Orbax writes these two last, after the digests; `_seal` adds them to the list.
+LATE = (MARKER, METADATA)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A restored step of a training run.
+
+    Attributes:
+      skipped: what was wrong with newer checkpoints; they now lie in `damaged-<step>` folders.
+    """
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+    skipped: tuple[Problem, ...] = ()
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run: asynchronous, atomic, every byte verified on restore.
+
+    A step counts as saved once its folder holds `digests.json`, which is written inside Orbax's
+    temporary folder just before the atomic rename; a kill at any instant leaves no half step.
+
+    Args:
+      directory: folder of the run's checkpoints.
+      every: steps between saves, for `due`.
+      keep: newest verified-complete steps to keep.
+      keep_period: steps divisible by it are kept for good; 0 keeps none.
+    """
+
+    def __init__(self, directory: str | Path, every: int = 1, keep: int = 2, keep_period: int = 0):
+        if every < 1 or keep < 1 or keep_period < 0:
+            raise ConfigError(
+                "A run needs a positive save interval and at least one kept checkpoint",
+                got=f"every={every}, keep={keep}, keep_period={keep_period}",
+            )
+        self.directory = Path(directory).absolute()
+        self._every, self._keep, self._period = every, keep, keep_period
+        self._manager: ocp.CheckpointManager | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="leaf-digests")
+        self._pending: tuple[int, concurrent.futures.Future] | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether the run saves at this step."""
+        return step % self._every == 0
+
+    def steps(self) -> list[int]:
+        """Completed steps on disk, oldest first; their content is not yet verified."""
+        if not self.directory.is_dir():
+            return []
+        folders = [p for p in self.directory.iterdir() if re.fullmatch(r"0|[1-9]\d{0,17}", p.name)]
+        return sorted(int(p.name) for p in folders if (p / DIGESTS).is_file())
+
+    def latest_step(self) -> int | None:
+        """The newest completed step, or None."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
+        """Starts saving; returns once the state is copied. False if the step is saved already.
+
+        Args:
+          state: any pytree of arrays.
+          meta: JSON values (step, digests, data iterator).
+
+        Raises:
+          MachineError: this or an earlier save could not be written.
+        """
+        with _write_errors(self.directory):
+            self.wait()
+            if step in self.steps():
+                return False
+            self._set_aside(step)
+            # An own copy of what the caller could change while it is being written.
+            leaves = {
+                name: leaf.copy() if isinstance(leaf, np.ndarray) else to_host(leaf)
+                for name, leaf in named_leaves(state)[0].items()
+            }
+            self._pending = (step, self._pool.submit(_describe, leaves))
+            self._open().save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(trees.unflatten(leaves)),
+                    meta=ocp.args.JsonSave(json.loads(trees.canonical_json(dict(meta)))),
+                ),
+                force=True,
+            )
+        return True
+
+    def wait(self) -> None:
+        """Waits for the save in progress, seals it and deletes what need not be kept.
+
+        Raises:
+          MachineError: the save could not be written.
+        """
+        if self._manager is None:
+            return
+        with _write_errors(self.directory):
+            self._manager.wait_until_finished()
+            if self._pending is None:
+                return
+            step, self._pending = self._pending[0], None
+            if not (self.directory / str(step) / DIGESTS).is_file():
+                raise OSError(f"step {step} did not reach the disk")
+            if jax.process_index() == 0:
+                self._seal(step)
+            steps = self.steps()
+            for old in steps[: -self._keep]:
+                if not (self._period and old % self._period == 0):
+                    self._manager.delete(old)
+
+    def close(self) -> None:
+        """Waits, then frees the threads; raises what an unfinished save raised."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            if self._manager is not None:
+                self._manager.close()
+                self._manager = None
+
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """State and meta of one step, after checking every byte of it.
+
+        Raises:
+          CheckpointError: names each damaged file, or each leaf that does not fit.
+        """
+        problems = self.check(step)
+        if problems:
+            raise CheckpointError(
+                f"The checkpoint of step {step} is damaged",
+                got="; ".join(map(str, problems)),
+                where=self.directory / str(step),
+                fix="resume from another step; this one cannot be trusted",
+            )
+        folder = self.directory / str(step)
+        recorded = _read_digests(folder)["leaves"]
+        state = restore_tree(folder / "state", abstract_state)
+        for name, leaf in named_leaves(state)[0].items():
+            host = to_host(leaf)
+            want = recorded[name]["digest"]
+            if want and isinstance(host, np.ndarray) and trees.leaf_digest(host) != want:
+                raise CheckpointError(
+                    "A restored leaf differs from what was saved", where=f"{folder}:{name}"
+                )
+        return state, json.loads((folder / "meta" / "metadata").read_text())
+
+    def restore_latest(self, abstract_state: Any) -> Restored | None:
+        """The newest undamaged step, or None if nothing was ever saved.
+
+        A damaged step is moved to `damaged-<step>` and reported in `skipped`. A leaf that does not
+        fit `abstract_state` is an error, never a reason to take an older step.
+
+        Raises:
+          CheckpointError: every checkpoint is damaged.
+        """
+        self.wait()
+        skipped: list[Problem] = []
+        for step in reversed(self.steps()):
+            problems = self.check(step)
+            if not problems:
+                for newer in [s for s in self.steps() if s > step]:
+                    self._set_aside(newer)
+                state, meta = self.restore(step, abstract_state)
+                return Restored(step, state, meta, tuple(skipped))
+            skipped += problems
+        if skipped:
+            raise CheckpointError(
+                "Every checkpoint of this run is damaged",
+                got="; ".join(map(str, skipped)),
+                where=self.directory,
+                fix="start again in another directory; the damaged folders are left as they are",
+            )
+        return None
+
+    def check(self, step: int) -> list[Problem]:
+        """What is wrong with the files of one step, named relative to the run's folder."""
+        folder = self.directory / str(step)
+        try:
+            digests = _read_digests(folder)
+        except READ_ERRORS as e:
+            return [Problem("digests", f"{step}/{DIGESTS}", "", f"cannot be trusted: {e}")]
+        late = [name for name in LATE if name not in digests["files"]]
+        problems = check_files(folder, digests["files"], ignore=[DIGESTS, *late])
+        return [dataclasses.replace(p, path=f"{step}/{p.path}") for p in problems]
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None,  # `wait` deletes, and only after a newer step is complete
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+            )
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                item_handlers={
+                    "state": ocp.PyTreeCheckpointHandler(),
+                    "meta": ocp.JsonCheckpointHandler(),
+                },
+            )
+        return self._manager
+
+    def _write_digests(self) -> None:
+        """Runs in Orbax's thread on the first host: all is written, the rename comes next."""
+        assert self._pending is not None
+        step, leaves = self._pending
+        (folder,) = self.directory.glob(f"{step}.orbax-checkpoint-tmp*")
+        files, problems = list_files(folder)
+        if problems:
+            raise OSError("; ".join(map(str, problems)))
+        listed = hash_files(folder, [f for f in files if f not in (*LATE, DIGESTS)])
+        _save_digests(folder, {"files": listed, "leaves": leaves.result()})
+
+    def _seal(self, step: int) -> None:
+        folder = self.directory / str(step)
+        digests = _read_digests(folder)
+        late = hash_files(folder, [name for name in LATE if (folder / name).is_file()])
+        _save_digests(folder, {**digests, "files": {**digests["files"], **late}})
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a damaged or incomplete step out of the way, as evidence."""
+        folder = self.directory / str(step)
+        if jax.process_index() != 0 or not folder.exists():
+            return
+        target = self.directory / f"damaged-{step}"
+        count = 1
+        while target.exists():
+            count += 1
+            target = self.directory / f"damaged-{step}.{count}"
+        os.replace(folder, target)
+        if self._manager is not None:
+            self._manager.reload()
+
+
+@contextlib.contextmanager
+def _write_errors(where: Path) -> Iterator[None]:
+    """Storage faults, at whatever depth of Orbax, as one MachineError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as e:
+        raise MachineError(
+            "A checkpoint could not be written",
+            got=e,
+            where=where,
+            fix="free some disk space or fix the directory, then start the same command again",
+        ) from e
+
+
+def _describe(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and digest of each leaf; no digest where this host holds only a part."""
+    return {
+        name: {
+            "shape": list(leaf.shape),
+            "dtype": np.dtype(leaf.dtype).name,
+            "digest": trees.leaf_digest(leaf) if isinstance(leaf, np.ndarray) else None,
+        }
+        for name, leaf in leaves.items()
+    }
+
+
+def _save_digests(folder: Path, content: dict[str, Any]) -> None:
+    text = trees.canonical_json({**content, "digest": trees.json_digest(content)})
+    write_text(folder / DIGESTS, text)
+
+
+def _read_digests(folder: Path) -> dict[str, Any]:
+    """The digests of a step; ValueError unless each byte of the file is as it was written."""
+    text = (folder / DIGESTS).read_text(encoding="utf-8")
+    value = json.loads(text)
+    content = {k: v for k, v in value.items() if k != "digest"}
+    if value.get("digest") != trees.json_digest(content) or text != trees.canonical_json(value):
+        raise ValueError("the file was changed")
+    return content
