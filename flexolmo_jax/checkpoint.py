@@ -24,7 +24,8 @@ from flexolmo_jax import tree as trees
 from flexolmo_jax.errors import CheckpointError, ConfigError, MachineError, Problem
 from flexolmo_jax.files import check_files, hash_files, list_files, write_text
 
-LEAF_MARKER, METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
+LEAF_PART = re.compile(r"[A-Za-z0-9_-]{1,63}")
+MARKER, METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
 # What Orbax, tensorstore and zstd raise on damaged files; nothing else is expected of them.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError)
 

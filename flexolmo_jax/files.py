@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories whose every byte is covered by a digest: list, hash, compare, and write atomically."""
+"""Directories whose every byte is covered by a digest: list, hash, compare, write atomically."""
 
 import concurrent.futures
 import contextlib
