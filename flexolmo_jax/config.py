@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen configuration of a model and of one training job.
+
+`ml_collections` dicts stop at the launch boundary: `from_dict` turns one into these dataclasses,
+strictly, and the rest of the package sees only these. `ModelConfig` is the identity of a model (it
+is digested and shipped with it); `ExecConfig` is how a machine computes it and may differ per run.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from flexolmo_jax.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) <= 0:
+            raise ConfigError(
+                f"{name} must be positive",
+                got=getattr(owner, name),
+                where=f"{type(owner).__name__}.{name}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """How router logits become combine weights.
+
+    Attributes:
+      context: "token" judges each token alone (the paper); "document" averages each slot's logit
+        causally over the document so far, one number per slot, layer and sequence.
+      renormalize: divide the combine weights of the active experts by their sum. A no-op up to
+        the norm's epsilon under post-norm, needed under pre-norm.
+    """
+
+    context: Literal["token", "document"] = "token"
+    renormalize: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a model: an OLMo 2 block with a mixture of full-size FFNs (paper section 3).
+
+    Attributes:
+      vocab_size: rows of the embedding, padding included.
+      max_len: longest sequence the model is meant for, tokens.
+      norm_placement: "post" norms the output of attention and mixture (OLMo 2), "pre" their input.
+      qk_norm: "full" norms the whole query and key projections (OLMo 2), "none" does not.
+      tied_embeddings: the unembedding is the embedding.
+      n_slots: capacity of the expert axis, the public expert (slot 0) included.
+      n_active: experts used per token, at most `n_slots`.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_ffn: int
+    max_len: int = 4096
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-6
+    norm_placement: Literal["post", "pre"] = "post"
+    qk_norm: Literal["full", "none"] = "full"
+    tied_embeddings: bool = False
+    n_slots: int = 1
+    n_active: int = 1
+    router: RouterConfig = RouterConfig()
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head")
+        _positive(self, "d_ffn", "max_len", "rope_theta", "norm_eps", "n_slots", "n_active")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                "n_heads must be a multiple of n_kv_heads",
+                got=f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}",
+                where="ModelConfig.n_kv_heads",
+            )
+        if self.d_head % 2:
+            raise ConfigError(
+                "RoPE rotates pairs: d_head must be even",
+                got=self.d_head,
+                where="ModelConfig.d_head",
+            )
+        if self.n_active > self.n_slots:
+            raise ConfigError(
+                "More active experts than slots",
+                got=f"n_active={self.n_active}, n_slots={self.n_slots}",
+                where="ModelConfig.n_active",
+                fix="lower n_active or raise n_slots",
+            )
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `from_dict(ModelConfig, …)` reads back."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One token-shard directory in a mixture.
+
+    Attributes:
+      path: directory written by `flexolmo prepare`.
+      weight: share of this source in the batches, relative to the other sources.
+      public: whether the text is public; the router label loss asks "is this token the owner's?".
+    """
+
+    path: str
+    weight: float = 1.0
+    public: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Batches of packed rows.
+
+    Attributes:
+      sources: the mixture to train on.
+      heldout: source name to token-shard directory, for bits per byte during training.
+      seq_len: tokens that each row predicts.
+      batch_rows: rows per optimizer step over all hosts, gradient accumulation included.
+      document_mask: attention and router context stay inside each document of a packed row.
+    """
+
+    sources: tuple[SourceConfig, ...] = ()
+    heldout: tuple[SourceConfig, ...] = ()
+    seq_len: int = 256
+    batch_rows: int = 8
+    document_mask: bool = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "seq_len", "batch_rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with the paper's recipe as default (reference training scripts, FLEXOLMO notes 2.2).
+
+    Attributes:
+      total_steps: length of the cosine, optimizer steps.
+      stop_step: hard stop before the cosine ends (the reference stops at a fifth); 0 is none.
+      final_lr_frac: floor of the cosine as a fraction of `peak_lr`.
+      accumulate: micro-batches per optimizer step; divides `batch_rows`.
+      z_loss: weight of mean(logsumexp(logits)^2) over predicted tokens.
+      router_z_loss: the same over router logits, averaged over layers.
+      router_label_loss: weight of the cross-entropy "is this token the owner's?" of the own row
+        against the frozen public row; 0 is the paper.
+      router_lr_mult: learning rate of router rows and biases relative to `peak_lr`.
+    """
+
+    peak_lr: float = 9e-4
+    total_steps: int = 1000
+    warmup_steps: int = 100
+    stop_step: int = 0
+    final_lr_frac: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    z_loss: float = 1e-5
+    router_z_loss: float = 1e-3
+    router_label_loss: float = 0.0
+    router_lr_mult: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "peak_lr", "total_steps", "accumulate", "clip_norm")
+        if self.warmup_steps > self.total_steps:
+            raise ConfigError(
+                "The warmup is longer than the run",
+                got=f"warmup_steps={self.warmup_steps}, total_steps={self.total_steps}",
+                where="OptimConfig.warmup_steps",
+            )
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends."""
+        return min(self.stop_step, self.total_steps) if self.stop_step else self.total_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecConfig:
+    """How a machine computes: never part of a model's identity.
+
+    Attributes:
+      compute_dtype: dtype of activations and matmuls; parameters that train stay float32.
+      moe: dispatch of a mixture: "dense" runs every slot on every token (the reference), "blocked"
+        and "ragged" sort tokens by slot; "auto" is resolved once at start and logged.
+      remat: what the backward pass recomputes: nothing, all but matmul outputs, or whole blocks.
+      loss_chunk: positions whose logits exist at once.
+      mesh_data, mesh_expert, mesh_model: mesh shape; mesh_data 0 takes all remaining devices.
+    """
+
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    moe: Literal["auto", "dense", "blocked", "ragged"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+    loss_chunk: int = 256
+    mesh_data: int = 0
+    mesh_expert: int = 1
+    mesh_model: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "loss_chunk", "mesh_expert", "mesh_model")
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterInitConfig:
+    """Where a router row starts (paper section 3.3.1; FLEXOLMO notes 2.3).
+
+    Attributes:
+      method: "hidden_mean" is the anchor's own mean hidden state per layer, on the owner's text
+        minus on public text; "embedding" projects the mean document embedding to d_model with a
+        fixed seeded orthogonal matrix and repeats it over layers; "random" is a small normal.
+      embedder: "hashed" (n-gram hashing, no assets) or "minilm" (all-MiniLM-L6-v2 asset).
+      documents: documents averaged.
+      norm: Euclidean norm that each row is scaled to; 0 leaves it as computed.
+    """
+
+    method: Literal["hidden_mean", "embedding", "random"] = "embedding"
+    embedder: Literal["hashed", "minilm"] = "hashed"
+    documents: int = 1000
+    norm: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training job.
+
+    Attributes:
+      stage: "anchor" trains every weight of a dense model; "expert" trains one FFN stack with its
+        router rows and biases beside the frozen anchor.
+      model: the architecture; in stage "expert" it must be empty (None): the anchor's is used.
+      anchor: model directory of the anchor (stage "expert").
+      expert_id: slug of the owner's expert (stage "expert").
+      tokenizer: tokenizer.json of the data (stage "anchor"; later stages take the anchor's).
+    """
+
+    stage: Literal["anchor", "expert"] = "anchor"
+    model: ModelConfig | None = None
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    exec: ExecConfig = ExecConfig()
+    router_init: RouterInitConfig = RouterInitConfig()
+    anchor: str = ""
+    expert_id: str = ""
+    tokenizer: str = ""
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    eval_rows: int = 64
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.stage == "expert":
+            if not self.anchor or not self.expert_id:
+                raise ConfigError(
+                    "An expert job needs an anchor and an expert id",
+                    got=f"anchor={self.anchor!r}, expert_id={self.expert_id!r}",
+                    fix="set --config.anchor and --config.expert_id",
+                )
+            if self.model is not None:
+                raise ConfigError(
+                    "An expert job takes the anchor's architecture; it must not set its own",
+                    where="RunConfig.model",
+                )
+        elif self.model is None or not self.tokenizer:
+            raise ConfigError(
+                "An anchor job needs a model and a tokenizer",
+                got=f"model={self.model}, tokenizer={self.tokenizer!r}",
+            )
+        if self.data.batch_rows % self.optim.accumulate:
+            raise ConfigError(
+                "batch_rows must be a multiple of accumulate",
+                got=f"batch_rows={self.data.batch_rows}, accumulate={self.optim.accumulate}",
+                where="RunConfig.optim.accumulate",
+            )
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Builds the dataclass `cls` from a nested mapping, refusing unknown keys and wrong types.
+
+    Raises:
+      ConfigError: names the key path, what was given and the nearest valid key.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise ConfigError(
+                "Unknown configuration key", got=key, where=where, fix=nearest(key, fields)
+            )
+    kwargs = {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
+    for name, field in fields.items():
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if required and name not in kwargs:
+            raise ConfigError("A configuration key is missing", where=f"{where}.{name}")
+    return cls(**kwargs)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`, or a ConfigError."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = [a for a in typing.get_args(hint) if a is not type(None)]
+        return _convert(inner, value, where)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, Mapping) or hasattr(value, "items"):
+            return from_dict(hint, dict(value.items()), where)  # type: ignore[arg-type]
+    elif origin is tuple:
+        inner = typing.get_args(hint)[0]
+        if isinstance(value, list | tuple):
+            return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
+    elif origin is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise ConfigError(
+            "Not one of the allowed values",
+            got=value,
+            where=where,
+            fix=nearest(str(value), [str(a) for a in typing.get_args(hint)]),
+        )
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise ConfigError("Wrong type", got=f"{value!r}", expected=name, where=where)

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model: parameters declared in Flax, computed by pure functions over plain nested dicts.
+
+`nnx` declares names, shapes, initial values and logical axes (the only file that imports it);
+everything else sees {"shared": …, "experts": …} with layers already stacked. Shared weights are
+every leaf without an expert axis; "experts" is one group of slots. `forward` takes the shared tree
+and a *tuple* of groups, so that the expert stage can pass a frozen and a trainable group.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from flexolmo_jax import layers, moe, router, tree
+from flexolmo_jax.config import ExecConfig, ModelConfig
+from flexolmo_jax.sharding import constrain
+
+# Raw bias whose effective value is exactly 0 in float32, and finite as every leaf must be.
+NO_BIAS = -1e4
+INIT_STD = 0.02
+EXPERT_AXES = {
+    "w_gate": ("layer", "expert", "embed", "ffn"),
+    "w_up": ("layer", "expert", "embed", "ffn"),
+    "w_down": ("layer", "expert", "ffn", "embed"),
+    "router": ("layer", "expert", "embed"),
+    "bias": ("layer", "expert"),
+}
+
+
+def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], fill: float | None = None):
+    """A float32 parameter: a constant, or a normal of std 0.02 cut at three deviations (OLMo 2)."""
+    if fill is not None:
+        return nnx.Param(jnp.full(shape, fill, jnp.float32), axes=axes)
+    value = INIT_STD * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
+    return nnx.Param(value, axes=axes)
+
+
+class Attention(nnx.Module):
+    """Attention weights of all layers."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        L, D, N, K, H = c.n_layers, c.d_model, c.n_heads, c.n_kv_heads, c.d_head
+        self.w_q = _param(rngs, (L, D, N, H), ("layer", "embed", "heads", "head_dim"))
+        self.w_k = _param(rngs, (L, D, K, H), ("layer", "embed", "kv_heads", "head_dim"))
+        self.w_v = _param(rngs, (L, D, K, H), ("layer", "embed", "kv_heads", "head_dim"))
+        self.w_o = _param(rngs, (L, N, H, D), ("layer", "heads", "head_dim", "embed"))
+        if c.qk_norm == "full":
+            self.q_norm = _param(rngs, (L, N * H), ("layer", "norm"), fill=1.0)
+            self.k_norm = _param(rngs, (L, K * H), ("layer", "norm"), fill=1.0)
+
+
+class Layers(nnx.Module):
+    """Shared weights of all layers."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention = Attention(c, rngs=rngs)
+        self.attention_norm = _param(rngs, (c.n_layers, c.d_model), ("layer", "norm"), fill=1.0)
+        self.ffn_norm = _param(rngs, (c.n_layers, c.d_model), ("layer", "norm"), fill=1.0)
+
+
+class Embed(nnx.Module):
+    """Token embedding."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        self.embedding = _param(rngs, (c.vocab_size, c.d_model), ("vocab", "embed"))
+
+
+class Shared(nnx.Module):
+    """Every weight without an expert axis."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        self.embed = Embed(c, rngs=rngs)
+        self.layers = Layers(c, rngs=rngs)
+        self.final_norm = _param(rngs, (c.d_model,), ("norm",), fill=1.0)
+        if not c.tied_embeddings:
+            self.unembed = _param(rngs, (c.d_model, c.vocab_size), ("embed", "vocab"))
+
+
+class Experts(nnx.Module):
+    """One group: the FFN of every layer, the router row and the raw bias of each slot."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        L, E, D, F = c.n_layers, c.n_slots, c.d_model, c.d_ffn
+        self.w_gate = _param(rngs, (L, E, D, F), EXPERT_AXES["w_gate"])
+        self.w_up = _param(rngs, (L, E, D, F), EXPERT_AXES["w_up"])
+        self.w_down = _param(rngs, (L, E, F, D), EXPERT_AXES["w_down"])
+        self.router = _param(rngs, (L, E, D), EXPERT_AXES["router"], fill=0.0)
+        self.bias = _param(rngs, (L, E), EXPERT_AXES["bias"], fill=NO_BIAS)
+
+
+class FlexOlmo(nnx.Module):
+    """The declaration of a whole model; call it with tokens for logits."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.shared = Shared(config, rngs=rngs)
+        self.experts = Experts(config, rngs=rngs)
+
+    def __call__(self, tokens_BT: jax.Array, **kwargs: Any) -> jax.Array:
+        """Logits [B, T, V] in float32; keyword arguments as in `forward`."""
+        params = nnx.to_pure_dict(nnx.state(self))
+        run = kwargs.pop("runtime", Runtime(dispatch="dense"))
+        out = forward(
+            self.config, run, params["shared"], (params["experts"],), tokens_BT, **kwargs
+        )
+        return unembed(self.config, params["shared"], out.hidden_BTD)
+
+
+def abstract_params(config: ModelConfig) -> tree.Tree:
+    """Shapes and dtypes of all parameters; makes no arrays."""
+    return _declared(config)[0]
+
+
+def param_axes(config: ModelConfig) -> tree.Tree:
+    """Logical axes of every parameter, in the same tree."""
+    return _declared(config)[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _declared(config: ModelConfig) -> tuple[tree.Tree, tree.Tree]:
+    state = nnx.state(nnx.eval_shape(lambda: FlexOlmo(config, rngs=nnx.Rngs(0))))
+    flat = {"/".join(path): leaf for path, leaf in nnx.to_flat_state(state)}
+    axes = {name: leaf.get_metadata()["axes"] for name, leaf in flat.items()}
+    return nnx.to_pure_dict(state), tree.unflatten(axes)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> tree.Tree:
+    """Initial float32 parameters; trace it under jit with `out_shardings` to make them in place."""
+    return nnx.to_pure_dict(nnx.state(FlexOlmo(config, rngs=nnx.Rngs(params=key))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """`ExecConfig` with everything automatic resolved; hashable, a static argument of jit."""
+
+    dispatch: str
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    loss_chunk: int = 256
+    mesh: Mesh | None = None
+
+    @classmethod
+    def resolve(
+        cls, config: ExecConfig, n_slots: int, n_active: int, mesh: Mesh | None = None
+    ) -> "Runtime":
+        """Resolves "auto" for the platform that jax runs on."""
+        platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+        return cls(
+            dispatch=moe.resolve(config.moe, n_slots, n_active, platform),
+            compute_dtype=config.compute_dtype,
+            remat=config.remat,
+            loss_chunk=config.loss_chunk,
+            mesh=mesh,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """State of decoding: one document per row, `length_B` tokens so far.
+
+    Shapes:
+      k, v: [L, B, S, K, H], normed and rotated keys; router_sum [L, B, E] and length_B carry the
+      document mean of the router.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    router_sum: jax.Array
+    length_B: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What `forward` returns.
+
+    Attributes:
+      hidden_BTD: after the final norm; `unembed` turns it into logits.
+      router_logits_LBTE: before selection and softmax, expert bias included, float32.
+      combine_LBTE: combine weight of every slot, 0 where it is not active.
+      residual_LBTD: input of the mixture per layer, only with `keep_residual`.
+      cache: the next decoding state, if one was given.
+    """
+
+    hidden_BTD: jax.Array
+    router_logits_LBTE: jax.Array
+    combine_LBTE: jax.Array
+    residual_LBTD: jax.Array | None = None
+    cache: Cache | None = None
+
+
+def init_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float32") -> Cache:
+    """An empty decoding state for `rows` documents of at most `length` tokens."""
+    shape = (config.n_layers, rows, length, config.n_kv_heads, config.d_head)
+    return Cache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        router_sum=jnp.zeros((config.n_layers, rows, config.n_slots), jnp.float32),
+        length_B=jnp.zeros(rows, jnp.int32),
+    )
+
+
+def forward(
+    config: ModelConfig,
+    run: Runtime,
+    shared: tree.Tree,
+    groups: Sequence[tree.Tree],
+    tokens_BT: jax.Array,
+    *,
+    segments_BT: jax.Array | None = None,
+    allowed_BE: jax.Array | None = None,
+    n_active: int | None = None,
+    cache: Cache | None = None,
+    keep_residual: bool = False,
+) -> Output:
+    """Runs the model over packed rows, or over the next tokens of cached documents.
+
+    Args:
+      groups: expert groups with a leading layer axis; slots are numbered through all of them.
+      segments_BT: number of the document of each token inside its row, 0 for padding.
+      allowed_BE: slots that each row may use, at least one per row; all by default.
+      n_active: overrides the model's number of active experts.
+      cache: decoding state; then every row is one document and padding may only stand at its end.
+
+    Source: FlexOlmo paper section 3.2; OLMo 2 block (post-norm, QK-norm over the full width).
+    """
+    if segments_BT is None:
+        segments_BT = jnp.ones_like(tokens_BT)
+    n_slots = sum(g["w_gate"].shape[1] for g in groups)
+    n_active = min(config.n_active if n_active is None else n_active, n_slots)
+    block = functools.partial(
+        _block,
+        config,
+        run,
+        segments_BT=segments_BT,
+        allowed_BE=allowed_BE,
+        n_active=n_active,
+        length_B=None if cache is None else cache.length_B,
+        keep_residual=keep_residual,
+    )
+    x_BTD = shared["embed"]["embedding"].astype(run.compute_dtype).at[tokens_BT].get(mode="clip")
+    x_BTD = constrain(x_BTD, run.mesh, "batch", "seq", "embed")
+    layer_cache = None if cache is None else (cache.k, cache.v, cache.router_sum)
+    x_BTD, (logits, combine, residual, layer_cache) = jax.lax.scan(
+        _remat(block, run.remat), x_BTD, (shared["layers"], tuple(groups), layer_cache)
+    )
+    if cache is not None:
+        length_B = cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
+        cache = Cache(*layer_cache, length_B)
+    hidden_BTD = layers.rms_norm(x_BTD, shared["final_norm"], config.norm_eps)
+    return Output(hidden_BTD, logits, combine, residual, cache)
+
+
+def unembed(config: ModelConfig, shared: tree.Tree, hidden_BTD: jax.Array) -> jax.Array:
+    """Logits [B, T, V] in float32."""
+    with jax.named_scope("unembed"):
+        if config.tied_embeddings:
+            w_DV = shared["embed"]["embedding"].T
+        else:
+            w_DV = shared["unembed"]
+        return jnp.einsum(
+            "BTD,DV->BTV",
+            hidden_BTD,
+            w_DV.astype(hidden_BTD.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def _remat(block, remat: str):
+    if remat == "none":
+        return block
+    saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(block, policy=saveable if remat == "dots" else None, prevent_cse=False)
+
+
+def _block(config: ModelConfig, run: Runtime, x_BTD, layer_in, **kwargs):
+    """One layer: attention, then the mixture, each with its norm after (post) or before (pre)."""
+    layer, groups, cache = layer_in
+    post = config.norm_placement == "post"
+
+    def norm(x, scale):
+        return layers.rms_norm(x, scale, config.norm_eps)
+
+    with jax.named_scope("attention"):
+        a_BTD = x_BTD if post else norm(x_BTD, layer["attention_norm"])
+        a_BTD, new_cache = _attention(config, run, layer["attention"], a_BTD, cache, **kwargs)
+        x_BTD += norm(a_BTD, layer["attention_norm"]) if post else a_BTD
+    with jax.named_scope("mixture"):
+        f_BTD = x_BTD if post else norm(x_BTD, layer["ffn_norm"])
+        y_BTD, logits_BTE, combine_BTE, router_sum = _mixture(
+            config, run, groups, f_BTD, None if cache is None else cache[2], **kwargs
+        )
+        residual = f_BTD if kwargs["keep_residual"] else None
+        x_BTD += norm(y_BTD, layer["ffn_norm"]) if post else y_BTD
+    x_BTD = constrain(x_BTD, run.mesh, "batch", "seq", "embed")
+    if new_cache is not None:
+        new_cache = (*new_cache, router_sum)
+    return x_BTD, (logits_BTE, combine_BTE, residual, new_cache)
+
+
+def _attention(config: ModelConfig, run: Runtime, w, x_BTD, cache, *, segments_BT, length_B, **_):
+    """Attention over the row's documents, or over the cache."""
+    B, T, _ = x_BTD.shape
+
+    def project(weight, scale):
+        y = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight.astype(x_BTD.dtype))
+        if scale is not None:
+            flat = layers.rms_norm(y.reshape(B, T, -1), scale, config.norm_eps)
+            y = flat.reshape(y.shape)
+        return constrain(y, run.mesh, "batch", "seq", "heads", "head_dim")
+
+    q_BTNH = project(w["w_q"], w.get("q_norm"))
+    k_BSKH = project(w["w_k"], w.get("k_norm"))
+    v_BSKH = project(w["w_v"], None)
+    if cache is None:
+        positions_BT = layers.document_positions(segments_BT)
+        mask_BTS = layers.causal_document_mask(segments_BT)
+    else:
+        positions_BT = length_B[:, None] + jnp.arange(T)
+    q_BTNH = layers.rope(q_BTNH, positions_BT, config.rope_theta)
+    k_BSKH = layers.rope(k_BSKH, positions_BT, config.rope_theta)
+    new_cache = None
+    if cache is not None:
+        k_cache, v_cache, _ = cache
+        S = k_cache.shape[1]
+        rows = jnp.arange(B)[:, None]
+        # Padding is written nowhere: its slot is past the end.
+        at_BT = jnp.where(segments_BT > 0, positions_BT, S)
+        k_cache = k_cache.at[rows, at_BT].set(k_BSKH.astype(k_cache.dtype), mode="drop")
+        v_cache = v_cache.at[rows, at_BT].set(v_BSKH.astype(v_cache.dtype), mode="drop")
+        mask_BTS = jnp.arange(S) <= positions_BT[..., None]
+        k_BSKH, v_BSKH = k_cache.astype(x_BTD.dtype), v_cache.astype(x_BTD.dtype)
+        new_cache = (k_cache, v_cache)
+    out_BTNH = layers.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w["w_o"].astype(x_BTD.dtype)), new_cache
+
+
+def _mixture(
+    config: ModelConfig,
+    run: Runtime,
+    groups,
+    x_BTD,
+    router_sum_BE,
+    *,
+    segments_BT,
+    allowed_BE,
+    n_active,
+    length_B,
+    **_,
+):
+    """Router and experts of one layer."""
+    router_ED = jnp.concatenate([g["router"] for g in groups])
+    bias_E = jnp.concatenate([g["bias"] for g in groups])
+    if allowed_BE is not None:
+        # A slot that no row may use takes no part at all, so that the backward pass does not
+        # multiply its row (which may hold anything) by a zero gradient.
+        used_E = jnp.any(allowed_BE, axis=0)
+        router_ED = jnp.where(used_E[:, None], router_ED, 0)
+        bias_E = jnp.where(used_E, bias_E, 0)
+    logits_BTE = router.router_logits(x_BTD, router_ED)
+    if config.router.context == "document":
+        count_B = None if router_sum_BE is None else length_B.astype(jnp.float32)
+        logits_BTE, router_sum_BE, _ = router.document_mean(
+            logits_BTE, segments_BT, router_sum_BE, count_B
+        )
+    logits_BTE = logits_BTE + router.effective_bias(bias_E)
+    routing = router.route(
+        logits_BTE, n_active, allowed_BE=allowed_BE, renormalize=config.router.renormalize
+    )
+    weights = [
+        {name: g[name].astype(x_BTD.dtype) for name in moe.WEIGHTS} for g in groups
+    ]
+    y_BTD = moe.mixture(
+        x_BTD,
+        weights,
+        routing,
+        dispatch=run.dispatch,
+        all_active=allowed_BE is None and n_active == bias_E.shape[0],
+        mesh=run.mesh,
+    )
+    return y_BTD, logits_BTE, routing.combine_BTE, router_sum_BE

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From hidden states to combine weights: logits, bias, document context, selection, top-k.
+
+Everything here is float32. Slots that a row denies are removed by selection, never by
+multiplication, so that whatever a denied slot holds (NaN included) changes no bit of the row.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from flexolmo_jax.layers import NEG_INF, document_starts
+
+PUBLIC_SLOT = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Which slots serve each token, and how much.
+
+    Attributes:
+      index_BTA: slot of each active expert, best first; E (one past the end) where a row allows
+        fewer slots than `n_active`.
+      weight_BTA: combine weight, 0 where the index is E.
+      probs_BTE: softmax over the allowed slots.
+    """
+
+    index_BTA: jax.Array
+    weight_BTA: jax.Array
+    probs_BTE: jax.Array
+
+    @property
+    def combine_BTE(self) -> jax.Array:
+        """Combine weights by slot: 0 for slots that are not active."""
+        n_slots = self.probs_BTE.shape[-1]
+        hit_BTAE = self.index_BTA[..., None] == jnp.arange(n_slots)
+        return jnp.sum(jnp.where(hit_BTAE, self.weight_BTA[..., None], 0.0), axis=-2)
+
+
+def router_logits(x_BTD: jax.Array, router_ED: jax.Array) -> jax.Array:
+    """Logit of every slot for every token, in float32 at full precision (paper section 3.2)."""
+    return jnp.einsum(
+        "BTD,ED->BTE",
+        x_BTD.astype(jnp.float32),
+        router_ED.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def effective_bias(bias_E: jax.Array) -> jax.Array:
+    """The expert bias added to the logits: -softplus(raw) <= 0, and exactly 0 for the public slot.
+
+    The reference clamps min(raw, 0), which has no gradient once raw > 0; this one always has.
+    """
+    slot_E = jnp.arange(bias_E.shape[-1])
+    return jnp.where(slot_E == PUBLIC_SLOT, 0.0, -jax.nn.softplus(bias_E.astype(jnp.float32)))
+
+
+def document_mean(
+    logits_BTE: jax.Array,
+    segments_BT: jax.Array,
+    sum_BE: jax.Array | None = None,
+    count_B: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Causal running mean of each slot's logit over its document so far.
+
+    A segmented scan selects at document starts instead of subtracting prefix sums, so one
+    document of a packed row cannot change a bit of the next. Padding (segment 0) adds nothing.
+
+    Args:
+      sum_BE, count_B: running state of a document that began in earlier calls (decoding).
+
+    Returns:
+      mean_BTE, and the state after the last token: sum_BE, count_B.
+    """
+    valid_BT = segments_BT > 0
+    value_BTE = jnp.where(valid_BT[..., None], logits_BTE, 0.0)
+    number_BT = valid_BT.astype(jnp.float32)
+    start_BT = document_starts(segments_BT)
+    if sum_BE is not None and count_B is not None:
+        # Decoding: one document per row, which goes on from the cached state.
+        start_BT = jnp.zeros_like(start_BT)
+        value_BTE = value_BTE.at[:, 0].add(sum_BE)
+        number_BT = number_BT.at[:, 0].add(count_B)
+
+    def combine(left, right):
+        left_value, left_number, left_start = left
+        value, number, start = right
+        return (
+            jnp.where(start[..., None], value, left_value + value),
+            jnp.where(start, number, left_number + number),
+            left_start | start,
+        )
+
+    total_BTE, number_BT, _ = jax.lax.associative_scan(
+        combine, (value_BTE, number_BT, start_BT), axis=1
+    )
+    mean_BTE = total_BTE / jnp.maximum(number_BT, 1.0)[..., None]
+    return mean_BTE, total_BTE[:, -1], number_BT[:, -1]
+
+
+def route(
+    logits_BTE: jax.Array,
+    n_active: int,
+    *,
+    allowed_BE: jax.Array | None = None,
+    renormalize: bool = False,
+) -> Routing:
+    """Softmax over the allowed slots, then the `n_active` largest (ties go to the lower slot).
+
+    Every row must allow at least one slot; a row that allows fewer than `n_active` uses them all.
+    """
+    n_slots = logits_BTE.shape[-1]
+    if allowed_BE is None:
+        allowed_BE = jnp.ones((logits_BTE.shape[0], n_slots), dtype=bool)
+    allowed_BTE = jnp.broadcast_to(allowed_BE[:, None, :], logits_BTE.shape)
+    probs_BTE = jax.nn.softmax(jnp.where(allowed_BTE, logits_BTE, NEG_INF), axis=-1)
+    # Denied slots rank below every allowed one, also below those whose probability underflowed.
+    rank_BTE = jnp.where(allowed_BTE, jax.lax.stop_gradient(probs_BTE), -1.0)
+    _, index_BTA = jax.lax.top_k(rank_BTE, min(n_active, n_slots))
+    usable_BTA = jnp.take_along_axis(allowed_BTE, index_BTA, axis=-1)
+    weight_BTA = jnp.where(usable_BTA, jnp.take_along_axis(probs_BTE, index_BTA, axis=-1), 0.0)
+    if renormalize:
+        weight_BTA = weight_BTA / jnp.sum(weight_BTA, axis=-1, keepdims=True)
+    return Routing(jnp.where(usable_BTA, index_BTA, n_slots), weight_BTA, probs_BTE)
+
+
+def z_loss(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """mean(logsumexp(logits)^2) over the positions that `mask` keeps."""
+    z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    return jnp.sum(jnp.where(mask, z, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def label_loss(logits_LBTE: jax.Array, own_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Cross-entropy of "is this token the owner's?", own row (slot 1) against the public row.
+
+    Minimised, a row's logit is a log density ratio between the owner's text and public text,
+    so rows that never met compose: their softmax is a posterior over owners.
+
+    Returns:
+      nats per token, averaged over layers.
+    """
+    logit_LBT = logits_LBTE[..., 1] - logits_LBTE[..., PUBLIC_SLOT]
+    signed = jnp.where(own_BT, logit_LBT, -logit_LBT)
+    nll = jnp.where(mask_BT, jax.nn.softplus(-signed), 0.0)
+    return jnp.sum(nll) / (logits_LBTE.shape[0] * jnp.maximum(jnp.sum(mask_BT), 1))
