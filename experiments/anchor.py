@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipe card: the anchor, a dense model of public text that every owner starts from.
+
+Purpose: a frozen common ground. Its FFN becomes the public expert, slot 0 of every model.
+Command: flexolmo train --config experiments/anchor.py:size=tiny,data=runs/demo/data,\\
+    tokenizer=runs/demo/tokenizer.json --workdir runs/demo/runs/anchor
+Cost:    tiny: a few minutes on two CPU cores. 7b: 1T tokens, three days on 512 H100 in the paper.
+Expect:  tiny: about 1.9 bits per byte on held-out public text.
+Differs from the previous stage: there is none.
+
+Argument: size (tiny, 60m, 190m, 1b, 7b), data (directory with <domain>/train and
+<domain>/heldout), domains (joined by +), tokenizer, context (router context of the models to
+come: document, or token as in the paper; empty takes the recipe's).
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the configuration of one anchor job."""
+    a = common.parse_arg(
+        arg,
+        size="tiny",
+        data="runs/demo/data",
+        domains="+".join(common.PUBLIC),
+        tokenizer="runs/demo/tokenizer.json",
+        context="",
+    )
+    model = dict(common.pick(common.sizes(), a.size))
+    router = dict(common.TINY_ROUTER) if a.size == "tiny" else {}
+    if a.context:
+        router["context"] = a.context
+    config = common.base("anchor", a.size)
+    config.model = {**model, "router": {"context": "token", "renormalize": False, **router}}
+    config.tokenizer = a.tokenizer
+    domains = a.domains.split("+")
+    config.data.sources = tuple(common.source(f"{a.data}/{d}/train", public=True) for d in domains)
+    config.data.heldout = tuple(
+        common.source(f"{a.data}/{d}/heldout", public=True) for d in domains
+    )
+    return config

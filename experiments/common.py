@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the experiment files share: argument strings, model sizes and training recipes."""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from flexolmo_jax.config import DataConfig, ExecConfig, OptimConfig, RouterInitConfig, RunConfig
+from flexolmo_jax.errors import ConfigError, nearest
+
+# The domains of the demo: anyone may train on the public ones, each closed one has its owner.
+PUBLIC = ("howto", "wiki", "techdocs")
+CLOSED = ("code", "news", "legal", "academic")
+
+# ---- The numbers of the tiny recipes, all of them. -------------------------------------------
+# About a minute per expert on two CPU cores; measured with the prototype, one seed, 2,048 tokens
+# per step. Public text in an expert's batches is what teaches its router row where to be quiet.
+TINY_STEPS = {"anchor": 900, "expert": 250}
+TINY_BATCH = {"batch_rows": 16, "seq_len": 128}
+TINY_OPTIM = {
+    "anchor": {"peak_lr": 3e-3, "warmup_steps": 100, "weight_decay": 0.1},
+    "expert": {"peak_lr": 1e-3, "warmup_steps": 25, "weight_decay": 0.0, "router_label_loss": 0.3},
+}
+TINY_PUBLIC_SHARE = 0.25
+TINY_ROUTER = {"context": "document", "renormalize": False}
+TINY_ROUTER_INIT = {"method": "hidden_mean", "documents": 200}
+
+# ---- The paper's recipe (its section 4 and the reference scripts), for every other size. ------
+# 4.19M tokens per step. The anchor's cosine is laid out for 5T tokens and stopped at 1T.
+PAPER_BATCH = {"batch_rows": 1024, "seq_len": 4096}
+PAPER_OPTIM = {
+    "anchor": {
+        "peak_lr": 9e-4,
+        "warmup_steps": 2000,
+        "total_steps": 1_192_093,
+        "stop_step": 238_419,
+        "weight_decay": 0.1,
+    },
+    "expert": {
+        "peak_lr": 9e-4,
+        "warmup_steps": 2000,
+        "total_steps": 11_921,
+        "weight_decay": 0.0,
+    },
+}
+
+
+def parse_arg(arg: str, **defaults: bool | int | float | str) -> ConfigDict:
+    """Reads "size=tiny,expert=code"; each value gets the type of its default.
+
+    Raises:
+      ConfigError: an unknown or repeated key, or a value of another type.
+    """
+    values: dict[str, Any] = dict(defaults)
+    seen = set()
+    for item in filter(None, arg.split(",")):
+        key, equals, text = item.partition("=")
+        if key not in defaults:
+            raise ConfigError(
+                "Unknown key in the argument of an experiment file",
+                got=key,
+                where=arg,
+                fix=nearest(key, defaults),
+            )
+        if not equals or key in seen:
+            fault = "is given twice" if key in seen else "has no value"
+            raise ConfigError(f"The key {key!r} {fault}", where=arg)
+        seen.add(key)
+        values[key] = _typed(text, defaults[key], key)
+    return ConfigDict(values)
+
+
+def _typed(text: str, default: bool | int | float | str, key: str) -> Any:
+    """`text` as a value of the type of `default`."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            "Wrong type in the argument of an experiment file",
+            got=f"{key}={text}",
+            expected=kind.__name__,
+        ) from error
+
+
+def _dense(d_model: int, n_layers: int, n_heads: int, d_ffn: int, **other: Any) -> dict[str, Any]:
+    """Fields of a dense OLMo 2 model with full multi-head attention."""
+    fields = {
+        "vocab_size": 100_352,
+        "d_model": d_model,
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "n_kv_heads": n_heads,
+        "d_head": d_model // n_heads,
+        "d_ffn": d_ffn,
+        "max_len": 4096,
+    }
+    return {**fields, **other}
+
+
+def sizes() -> dict[str, dict[str, Any]]:
+    """Fields of `ModelConfig` by size; 1b and 7b are OLMo 2 1B and 7B exactly."""
+    return {
+        "tiny": _dense(128, 4, 4, 352, vocab_size=4096, max_len=512),
+        "60m": _dense(384, 8, 6, 1536),
+        "190m": _dense(768, 12, 12, 3072),
+        "1b": _dense(2048, 16, 16, 8192),
+        "7b": _dense(4096, 32, 32, 11_008),
+    }
+
+
+def stitched_sizes() -> dict[str, dict[str, Any]]:
+    """Fields of stitched models: the dense size, slots (public expert included), active experts."""
+    shapes = {
+        "tiny": ("tiny", 5, 3),
+        "2x7b": ("7b", 2, 2),
+        "8x7b": ("7b", 8, 4),
+        "8x1b": ("1b", 8, 4),
+    }
+    dense = sizes()
+    return {
+        name: {**dense[size], "n_slots": slots, "n_active": active}
+        for name, (size, slots, active) in shapes.items()
+    }
+
+
+def pick(table: dict[str, dict[str, Any]], size: str) -> dict[str, Any]:
+    """Looks a size up.
+
+    Raises:
+      ConfigError: names the nearest valid size.
+    """
+    if size not in table:
+        raise ConfigError("Unknown size", got=size, fix=nearest(size, table))
+    return table[size]
+
+
+def base(stage: str, size: str) -> ConfigDict:
+    """A configuration with every key of `RunConfig` and the recipe of this stage and size."""
+    fields = {f.name: f.default for f in dataclasses.fields(RunConfig)}
+    fields["stage"] = stage
+    for name, cls in (("data", DataConfig), ("exec", ExecConfig)):
+        fields[name] = dataclasses.asdict(cls())
+    fields["router_init"] = dataclasses.asdict(RouterInitConfig())
+    tiny = size == "tiny"
+    optim = TINY_OPTIM[stage] if tiny else PAPER_OPTIM[stage]
+    steps = {"total_steps": TINY_STEPS[stage]} if tiny else {}
+    fields["optim"] = dataclasses.asdict(OptimConfig(**{**optim, **steps}))
+    fields["data"].update(TINY_BATCH if tiny else PAPER_BATCH)
+    if tiny:
+        fields["exec"].update(compute_dtype="float32")
+        fields["router_init"].update(TINY_ROUTER_INIT)
+        fields.update(log_every=10, eval_every=0, checkpoint_every=200)
+    else:
+        fields["exec"].update(remat="full" if size.endswith(("1b", "7b")) else "dots")
+        fields.update(log_every=10, eval_every=1000, checkpoint_every=1000)
+    return ConfigDict(fields)
+
+
+def source(path: str, *, weight: float = 1.0, public: bool = False) -> dict[str, Any]:
+    """One token-shard directory of a mixture."""
+    return {"path": path, "weight": weight, "public": public}

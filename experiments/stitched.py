@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipe card: the shape of a stitched model, to plan memory and speed before any expert exists.
+
+Purpose: `flexolmo plan` compiles this shape for a pod; its training step is the joint mixture
+    (the unrestricted control), since stitching itself trains nothing.
+Command: flexolmo plan --config experiments/stitched.py:size=8x7b --topology v5p:4x4x8
+Cost:    a few minutes of compilation, no accelerator.
+Expect:  8x7b: 37.6B parameters, 20.3B of them active with four of eight experts.
+Differs from the anchor: more slots; public and closed text together.
+
+Argument: size (tiny, 2x7b, 8x7b, 8x1b), active (experts per token; 0 takes the size's).
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns a configuration whose model has the stitched shape."""
+    a = common.parse_arg(arg, size="tiny", active=0, data="runs/demo/data")
+    model = dict(common.pick(common.stitched_sizes(), a.size))
+    if a.active:
+        model["n_active"] = a.active
+    router = common.TINY_ROUTER if a.size == "tiny" else {"context": "token", "renormalize": False}
+    config = common.base("anchor", a.size)
+    config.model = {**model, "router": dict(router)}
+    config.tokenizer = "runs/demo/tokenizer.json"
+    config.data.sources = tuple(
+        common.source(f"{a.data}/{d}/train", public=d in common.PUBLIC)
+        for d in (*common.PUBLIC, *common.CLOSED)
+    )
+    return config
