@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a plan on this machine: one operating-system process per job, one log file each."""
+
+import dataclasses
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flexolmo_jax.errors import ConfigError, MachineError
+from flexolmo_jax.jobs import stamps
+from flexolmo_jax.jobs.plan import Job, Plan, order
+
+# All that a process gets from the caller's environment; the rest could name others' data.
+PASSED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONWARNINGS")
+PASSED_PREFIXES = ("JAX_", "XLA_", "CUDA_", "NVIDIA_", "LD_", "TPU_", "LIBTPU_", "PIP_", "SSL_")
+PREEMPTED = 75
+TAIL_LINES = 25
+POLL_S = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class JobResult:
+    """How a job ended.
+
+    Attributes:
+      status: "done", "skipped" (its stamp was valid), "failed", "preempted" or "blocked" (a job
+        that it needs did not finish).
+      seconds: run time; of the earlier run if skipped.
+    """
+
+    name: str
+    status: str
+    seconds: float
+    log: str
+    exit_code: int | None = None
+
+
+@dataclasses.dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen
+    digest: str
+    started: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a caller's `report` function is told.
+
+    Attributes:
+      kind: "start", "end" or "tick".
+      results: jobs that ended so far.
+      left_s: estimated seconds until the plan is done, or None.
+    """
+
+    kind: str
+    job: Job
+    result: JobResult | None
+    results: tuple[JobResult, ...]
+    elapsed_s: float
+    left_s: float | None
+
+
+def log_path(plan: Plan, job: Job) -> Path:
+    """The log file of a job."""
+    return stamps.stamp_path(plan, job).with_suffix(".log")
+
+
+def environment(job: Job) -> dict[str, str]:
+    """The environment of a job: a short list of the caller's variables and its own."""
+    kept = {k: v for k, v in os.environ.items() if k in PASSED or k.startswith(PASSED_PREFIXES)}
+    return {**kept, "PYTHONUNBUFFERED": "1", **job.env}
+
+
+def tail(path: Path, lines: int = TAIL_LINES) -> str:
+    """The last lines of a log."""
+    if not path.is_file():
+        return ""
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def describe(plan: Plan) -> list[tuple[Job, str]]:
+    """Jobs in order with "run" or "skip", without running anything; the view of `--dry-run`.
+
+    A job after one that will run is listed as "run" too: its inputs are about to change.
+    """
+    out: list[tuple[Job, str]] = []
+    stale: set[str] = set()
+    for job in order(plan):
+        fresh = not stale.intersection(job.needs) and stamps.read(plan, job) is not None
+        if not fresh:
+            stale.add(job.name)
+        out.append((job, "skip" if fresh else "run"))
+    return out
+
+
+def run(
+    plan: Plan,
+    *,
+    max_parallel: int = 1,
+    report: Callable[[Progress], None] = lambda _: None,
+) -> list[JobResult]:
+    """Runs the jobs of a plan, each as soon as all that it needs is done.
+
+    A failed job stops those that need it and no others. Finished jobs are skipped on a rerun.
+
+    Raises:
+      ConfigError: the plan is not sound.
+      MachineError: a process could not be started.
+    """
+    if max_parallel < 1:
+        raise ConfigError("max_parallel must be at least 1", got=max_parallel)
+    return _Runner(plan, max_parallel, report).run()
+
+
+class _Runner:
+    """State of one run of a plan."""
+
+    def __init__(self, plan: Plan, max_parallel: int, report: Callable[[Progress], None]):
+        self.plan, self.max_parallel, self.report = plan, max_parallel, report
+        self.waiting = list(order(plan))
+        self.running: list[_Running] = []
+        self.results: dict[str, JobResult] = {}
+        self.started = time.monotonic()
+
+    def run(self) -> list[JobResult]:
+        try:
+            while self.waiting or self.running:
+                self._start_ready()
+                self._collect()
+        finally:
+            self._stop_all()
+        return list(self.results.values())
+
+    def _start_ready(self) -> None:
+        for job in list(self.waiting):
+            ended = [self.results[n].status for n in job.needs if n in self.results]
+            if any(status not in ("done", "skipped") for status in ended):
+                self.waiting.remove(job)
+                self._end(job, "blocked", 0.0)
+            elif len(ended) == len(job.needs) and len(self.running) < self.max_parallel:
+                self.waiting.remove(job)
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        stamp = stamps.read(self.plan, job)
+        if stamp is not None:
+            self._end(job, "skipped", stamp["seconds"])
+            return
+        stamps.clear(self.plan, job)
+        log = log_path(self.plan, job)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        Path(job.workdir).mkdir(parents=True, exist_ok=True)
+        digest = stamps.job_digest(job)
+        try:
+            with log.open("w", encoding="utf-8") as out:
+                process = subprocess.Popen(
+                    list(job.command),
+                    cwd=job.workdir,
+                    env=environment(job),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                )
+        except OSError as error:
+            raise MachineError(
+                "A job could not be started",
+                got=error.strerror,
+                where=shlex.join(job.command),
+            ) from error
+        self._pin(process.pid)
+        self.running.append(_Running(job, process, digest, time.monotonic()))
+        self._tell("start", job)
+
+    def _pin(self, pid: int) -> None:
+        """Gives parallel jobs disjoint cores; XLA takes as many threads as it may use cores."""
+        if self.max_parallel == 1 or not hasattr(os, "sched_setaffinity"):
+            return
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // self.max_parallel)
+        slot = len(self.running) % self.max_parallel
+        chosen = cores[slot * share : (slot + 1) * share] or cores
+        try:
+            os.sched_setaffinity(pid, chosen)
+        except ProcessLookupError:
+            # The process has already ended; its exit code is collected as usual.
+            return
+
+    def _collect(self) -> None:
+        time.sleep(POLL_S)
+        for item in list(self.running):
+            code = item.process.poll()
+            if code is None:
+                self._tell("tick", item.job)
+                continue
+            self.running.remove(item)
+            seconds = time.monotonic() - item.started
+            missing = [o for o in item.job.outputs if not Path(o).exists()]
+            if code == 0 and not missing:
+                stamps.write(self.plan, item.job, item.digest, seconds)
+                self._end(item.job, "done", seconds, code)
+                continue
+            if code == 0:
+                with log_path(self.plan, item.job).open("a", encoding="utf-8") as log:
+                    log.write(f"exit code 0, but these outputs are missing: {missing}\n")
+            status = "preempted" if code == PREEMPTED else "failed"
+            self._end(item.job, status, seconds, code)
+
+    def _end(self, job: Job, status: str, seconds: float, code: int | None = None) -> None:
+        log = str(log_path(self.plan, job))
+        self.results[job.name] = JobResult(job.name, status, seconds, log, code)
+        self._tell("end", job)
+
+    def _tell(self, kind: str, job: Job) -> None:
+        now = time.monotonic()
+        result = self.results.get(job.name)
+        left = time_left(
+            self.plan, self.results, {r.job.name: now - r.started for r in self.running}
+        )
+        ended = tuple(self.results.values())
+        self.report(Progress(kind, job, result, ended, now - self.started, left))
+
+    def _stop_all(self) -> None:
+        """Ends the children when the run is interrupted; a training job saves its state on the way."""
+        for item in self.running:
+            item.process.terminate()
+        for item in self.running:
+            item.process.wait()
+
+
+def time_left(plan: Plan, results: dict[str, JobResult], running: dict[str, float]) -> float | None:
+    """Estimated seconds for the rest, if jobs ran one after another.
+
+    Expected times are scaled by how the finished jobs compare with theirs.
+    """
+    done = [j for j in plan.jobs if j.name in results and results[j.name].status == "done"]
+    expected = sum(j.expected_s for j in done)
+    if not any(j.expected_s for j in plan.jobs):
+        return None
+    spent = sum(results[j.name].seconds for j in done if j.expected_s)
+    scale = spent / expected if expected else 1.0
+    open_jobs = [j for j in plan.jobs if j.name not in results]
+    return sum(max(0.0, j.expected_s * scale - running.get(j.name, 0.0)) for j in open_jobs)
+
+
+def failure_text(plan: Plan, results: list[JobResult]) -> str:
+    """For each job that failed: the tail of its log and the command that runs it alone."""
+    jobs = {j.name: j for j in plan.jobs}
+    parts = []
+    for result in results:
+        if result.status in ("failed", "preempted"):
+            command = shlex.join(jobs[result.name].command)
+            parts.append(
+                f"job {result.name} {result.status} (exit code {result.exit_code}); "
+                f"end of {result.log}:\n{tail(Path(result.log))}\n"
+                f"to run it alone: cd {shlex.quote(jobs[result.name].workdir)} && {command}"
+            )
+    blocked = [r.name for r in results if r.status == "blocked"]
+    if blocked:
+        parts.append("not run, since they need a job that failed: " + ", ".join(blocked))
+    return "\n\n".join(parts)
