@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a plan on this machine: one operating-system process per job, one log file each."""
 
+import contextlib
 import dataclasses
 import os
 import shlex
+import signal
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flexolmo_jax.errors import ConfigError, MachineError
@@ -19,6 +23,8 @@ PASSED_PREFIXES = ("JAX_", "XLA_", "CUDA_", "NVIDIA_", "LD_", "TPU_", "LIBTPU_",
 PREEMPTED = 75
 TAIL_LINES = 25
 POLL_S = 0.05
+# Time that a job gets to save its state when the run is stopped.
+SAVE_S = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +119,8 @@ def run(
     """
     if max_parallel < 1:
         raise ConfigError("max_parallel must be at least 1", got=max_parallel)
-    return _Runner(plan, max_parallel, report).run()
+    with _children_end_with_us():
+        return _Runner(plan, max_parallel, report).run()
 
 
 class _Runner:
@@ -150,11 +157,11 @@ class _Runner:
         if stamp is not None:
             self._end(job, "skipped", stamp["seconds"])
             return
-        stamps.clear(self.plan, job)
         log = log_path(self.plan, job)
         log.parent.mkdir(parents=True, exist_ok=True)
         Path(job.workdir).mkdir(parents=True, exist_ok=True)
         digest = stamps.job_digest(job)
+        stamps.prepare(self.plan, job, digest)
         try:
             with log.open("w", encoding="utf-8") as out:
                 process = subprocess.Popen(
@@ -224,11 +231,32 @@ class _Runner:
         self.report(Progress(kind, job, result, ended, now - self.started, left))
 
     def _stop_all(self) -> None:
-        """Ends the children when the run is interrupted; a training job saves its state on the way."""
+        """Ends the children after an interrupt; a training job saves its state on the way."""
         for item in self.running:
             item.process.terminate()
         for item in self.running:
-            item.process.wait()
+            try:
+                item.process.wait(SAVE_S)
+            except subprocess.TimeoutExpired:
+                item.process.kill()
+                item.process.wait()
+
+
+@contextlib.contextmanager
+def _children_end_with_us() -> Iterator[None]:
+    """Makes SIGTERM unwind the stack, so that no job outlives the run that started it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def time_left(plan: Plan, results: dict[str, JobResult], running: dict[str, float]) -> float | None:

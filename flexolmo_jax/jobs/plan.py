@@ -34,7 +34,9 @@ class Job:
       command: the argument list; never a shell line.
       needs: names of jobs that must have finished.
       inputs: files and directories it reads; a change of one makes the job run again.
-      outputs: files and directories that exist once it is done.
+      outputs: files and directories that exist once it is done, inside the plan's workdir.
+      state: directories from which an interrupted run goes on. They are removed only when the job
+        has changed since. A job without state starts over: its old outputs are removed.
       workdir: directory that it starts in, made if absent.
       env: variables it gets beside the few that every process needs.
       owner: whose closed data it may see; "" is nobody's.
@@ -46,6 +48,7 @@ class Job:
     needs: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
     workdir: str = "."
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resources: Resources = Resources()
@@ -120,7 +123,16 @@ def _check_names(plan: Plan) -> None:
 
 def _check_outputs(plan: Plan) -> None:
     writers: dict[Path, str] = {}
+    root = Path(plan.workdir).resolve()
     for job in plan.jobs:
+        # What is removed before a job starts over must be the plan's own.
+        for path in (*job.outputs, *job.state):
+            if root not in Path(path).resolve().parents:
+                raise ConfigError(
+                    "A job writes outside the workdir of its plan",
+                    got=path,
+                    where=f"{plan.name}:{job.name}",
+                )
         for output in job.outputs:
             path = Path(output).absolute()
             if path in writers:

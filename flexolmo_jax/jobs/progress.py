@@ -24,7 +24,7 @@ def clock(seconds: float) -> str:
 
 
 class Printer:
-    """A `report` function for `local.run`: a line per start and end, and one now and then between."""
+    """A `report` function for `local.run`: a line per start and end, and some in between."""
 
     def __init__(self, plan: Plan, stream: TextIO | None = None):
         self.total = len(plan.jobs)

@@ -3,7 +3,9 @@
 
 import dataclasses
 import json
+import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,21 @@ def write(plan: Plan, job: Job, digest: str, seconds: float) -> None:
     partial.replace(path)
 
 
-def clear(plan: Plan, job: Job) -> None:
-    """Removes the stamp of a job that is about to run."""
+def prepare(plan: Plan, job: Job, digest: str) -> None:
+    """Makes way for a job that is about to run: no stamp, no outputs or state of another job."""
     stamp_path(plan, job).unlink(missing_ok=True)
+    started = stamp_path(plan, job).with_suffix(".started")
+    if not job.state:
+        _remove(job.outputs)
+    elif started.is_file() and started.read_text(encoding="utf-8") != digest:
+        _remove((*job.state, *job.outputs))
+    started.parent.mkdir(parents=True, exist_ok=True)
+    started.write_text(digest, encoding="utf-8")
+
+
+def _remove(paths: Iterable[str]) -> None:
+    for path in map(Path, paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: order, isolation, skipping, failure, resumption. The jobs are small Python processes."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexolmo_jax.errors import ConfigError
+from flexolmo_jax.jobs import local, progress, stamps
+from flexolmo_jax.jobs.plan import Job, Plan, order
+
+APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
+
+
+def job(name, code="", *args, **fields):
+    return Job(name=name, command=(sys.executable, "-c", code, *map(str, args)), **fields)
+
+
+def plan_of(tmp_path, *jobs, **fields):
+    return Plan(name="p", workdir=str(tmp_path / "w"), jobs=jobs, **fields)
+
+
+def writer(tmp_path, name, text="x", **fields):
+    out = tmp_path / "w" / f"{name}.txt"
+    (tmp_path / "w").mkdir(exist_ok=True)
+    return job(name, APPEND, out, text, outputs=(str(out),), **fields), out
+
+
+def statuses(results):
+    return {r.name: r.status for r in results}
+
+
+def test_order_puts_needs_first_and_keeps_the_plans_order(tmp_path):
+    plan = plan_of(tmp_path, job("c", needs=("a",)), job("b"), job("a"))
+    assert [j.name for j in order(plan)] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "message"),
+    [
+        ([job("a", needs=("b",)), job("b", needs=("a",))], "wait for each other"),
+        ([job("anchor"), job("x", needs=("anchr",))], "did you mean 'anchor'"),
+        ([job("a"), job("a")], "same name"),
+        ([job("a b")], "Not a name"),
+        ([Job(name="a", command=())], "no command"),
+    ],
+)
+def test_unsound_plans_are_refused(tmp_path, jobs, message):
+    with pytest.raises(ConfigError, match=message):
+        order(plan_of(tmp_path, *jobs))
+
+
+def test_two_writers_and_outputs_elsewhere_are_refused(tmp_path):
+    inside = str(tmp_path / "w" / "o")
+    with pytest.raises(ConfigError, match="same output"):
+        order(plan_of(tmp_path, job("a", outputs=(inside,)), job("b", outputs=(inside,))))
+    with pytest.raises(ConfigError, match="outside the workdir"):
+        order(plan_of(tmp_path, job("a", outputs=(str(tmp_path / "elsewhere"),))))
+
+
+@pytest.mark.parametrize("field", ["command", "inputs", "workdir", "env"])
+def test_an_owners_job_must_not_see_another_owners_data(tmp_path, field):
+    secret = str(tmp_path / "data" / "news")
+    seen = {
+        "command": {"command": ("train", f"--own={secret}/train")},
+        "inputs": {"inputs": (secret,)},
+        "workdir": {"workdir": secret},
+        "env": {"env": {"DATA": secret}},
+    }[field]
+    closed = {"news": (secret,), "code": (str(tmp_path / "data" / "code"),)}
+    mine = dataclasses.replace(job("x", owner="news"), **seen)
+    assert order(plan_of(tmp_path, mine, closed=closed)) == (mine,)
+    other = dataclasses.replace(mine, owner="code")
+    with pytest.raises(ConfigError, match="closed data of another owner"):
+        order(plan_of(tmp_path, other, closed=closed))
+    longer = dataclasses.replace(other, **{field: _longer(seen[field], secret)})
+    assert order(plan_of(tmp_path, longer, closed=closed)) == (longer,)
+
+
+def _longer(value, secret):
+    """The same field with a path that merely starts like the secret one."""
+    text = json.dumps(value).replace(secret, secret + "letters")
+    value = json.loads(text)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def test_jobs_run_in_order_as_processes_with_logs(tmp_path):
+    out = tmp_path / "w" / "o.txt"
+    (tmp_path / "w").mkdir()
+    plan = plan_of(
+        tmp_path,
+        job("two", APPEND + "; print('said two')", out, "2", needs=("one",)),
+        job("one", APPEND, out, "1", outputs=(str(out),)),
+    )
+    assert statuses(local.run(plan)) == {"one": "done", "two": "done"}
+    assert out.read_text() == "12"
+    assert "said two" in Path(local.log_path(plan, plan.jobs[0])).read_text()
+
+
+def test_a_rerun_skips_until_an_input_the_command_or_an_output_changes(tmp_path):
+    source = tmp_path / "in.txt"
+    source.write_text("1")
+    first, out = writer(tmp_path, "a", inputs=(str(source),))
+    other, _ = writer(tmp_path, "b")
+    plan = plan_of(tmp_path, first, other)
+    assert set(statuses(local.run(plan)).values()) == {"done"}
+    assert set(statuses(local.run(plan)).values()) == {"skipped"}
+    source.write_text("2")
+    assert [action for _, action in local.describe(plan)] == ["run", "skip"]
+    assert statuses(local.run(plan)) == {"a": "done", "b": "skipped"}
+    out.unlink()
+    assert statuses(local.run(plan)) == {"a": "done", "b": "skipped"}
+    changed, _ = writer(tmp_path, "a", text="y", inputs=(str(source),))
+    assert statuses(local.run(plan_of(tmp_path, changed, other)))["a"] == "done"
+    # A job without state started over each time: its old output was removed first.
+    assert out.read_text() == "y"
+
+
+def test_a_manifest_stands_for_its_directory(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "flexolmo.json").write_text("1")
+    (model / "big").write_text("a")
+    before = stamps.fingerprint(model)
+    (model / "big").write_text("b")
+    assert stamps.fingerprint(model) == before
+    (model / "flexolmo.json").write_text("2")
+    assert stamps.fingerprint(model) != before
+
+
+def test_a_failure_stops_its_dependents_only_and_shows_how_to_rerun(tmp_path):
+    good, _ = writer(tmp_path, "good")
+    plan = plan_of(
+        tmp_path,
+        job("bad", "import sys; print('the reason'); sys.exit(3)"),
+        job("after", needs=("bad",)),
+        job("after2", needs=("after",)),
+        good,
+    )
+    results = local.run(plan)
+    assert statuses(results) == {
+        "bad": "failed",
+        "after": "blocked",
+        "after2": "blocked",
+        "good": "done",
+    }
+    text = local.failure_text(plan, results)
+    assert "the reason" in text and "exit code 3" in text and sys.executable in text
+    assert "after, after2" in text
+    # The failed job has no stamp, so it is tried again.
+    assert statuses(local.run(plan))["bad"] == "failed"
+
+
+def test_a_job_that_does_not_write_what_it_promised_has_failed(tmp_path):
+    plan = plan_of(tmp_path, job("a", outputs=(str(tmp_path / "w" / "never"),)))
+    (result,) = local.run(plan)
+    assert result.status == "failed"
+    assert "never" in Path(result.log).read_text()
+
+
+def test_state_survives_a_preemption_but_not_a_change(tmp_path):
+    state = tmp_path / "w" / "state"
+    code = (
+        "import pathlib, sys; d = pathlib.Path(sys.argv[1]); d.mkdir(exist_ok=True);"
+        "n = len(list(d.iterdir())); (d / str(n)).touch(); sys.exit(0 if n else 75)"
+    )
+    plan = plan_of(tmp_path, job("a", code, state, state=(str(state),)))
+    assert statuses(local.run(plan)) == {"a": "preempted"}
+    assert statuses(local.run(plan)) == {"a": "done"}
+    assert len(list(state.iterdir())) == 2
+    changed = plan_of(tmp_path, job("a", code, state, "other", state=(str(state),)))
+    assert statuses(local.run(changed)) == {"a": "preempted"}
+    assert len(list(state.iterdir())) == 1
+
+
+def test_a_job_gets_a_short_environment_and_its_own_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOMEONES_DATA", "secret")
+    code = "import os; print(sorted(os.environ)); print(os.getcwd()); print(os.environ['MINE'])"
+    home = tmp_path / "w" / "home"
+    plan = plan_of(tmp_path, job("a", code, workdir=str(home), env={"MINE": "yes"}))
+    local.run(plan)
+    log = local.log_path(plan, plan.jobs[0]).read_text()
+    assert "SOMEONES_DATA" not in log and "PATH" in log
+    assert str(home) in log and "yes" in log
+
+
+def test_parallel_jobs_overlap(tmp_path):
+    # Each waits for the other's file: run one after another, the first would give up.
+    code = (
+        "import pathlib, sys, time; me, other = map(pathlib.Path, sys.argv[1:]); me.touch();"
+        "end = time.time() + 20\n"
+        "while not other.exists():\n"
+        "  time.sleep(0.02)\n"
+        "  if time.time() > end: sys.exit(1)\n"
+    )
+    a, b = tmp_path / "w" / "a", tmp_path / "w" / "b"
+    (tmp_path / "w").mkdir()
+    plan = plan_of(tmp_path, job("a", code, a, b), job("b", code, b, a))
+    assert set(statuses(local.run(plan, max_parallel=2)).values()) == {"done"}
+    with pytest.raises(ConfigError, match="at least 1"):
+        local.run(plan, max_parallel=0)
+
+
+def test_time_left_scales_with_what_was_measured(tmp_path):
+    plan = plan_of(tmp_path, job("a", expected_s=10), job("b", expected_s=30))
+    results = {"a": local.JobResult("a", "done", 20.0, "")}
+    assert local.time_left(plan, results, {}) == pytest.approx(60)
+    assert local.time_left(plan, results, {"b": 15.0}) == pytest.approx(45)
+    assert local.time_left(plan_of(tmp_path, job("a")), {}, {}) is None
+
+
+def test_progress_lines_name_the_job_and_its_place(tmp_path):
+    first, _ = writer(tmp_path, "first", expected_s=1)
+    plan = plan_of(tmp_path, first)
+    screen = io.StringIO()
+    local.run(plan, report=progress.Printer(plan, screen))
+    local.run(plan, report=progress.Printer(plan, screen))
+    text = screen.getvalue()
+    assert "[ 0/1] first: started, about 1 s left" in text
+    assert "[ 1/1] first: done in" in text and "first: up to date" in text
+
+
+def test_durations_for_people():
+    assert [progress.clock(s) for s in (8, 125, 4200)] == ["8 s", "2 min 05 s", "1 h 10 min"]
+
+
+def test_no_job_outlives_a_stopped_run(tmp_path):
+    marker = tmp_path / "w" / "pid"
+    (tmp_path / "w").mkdir()
+    sleeper = (
+        "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid()));"
+        "time.sleep(60)"
+    )
+    plan = plan_of(tmp_path, job("a", sleeper, marker))
+
+    def stop(event):
+        if marker.is_file() and marker.read_text():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        local.run(plan, report=stop)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(marker.read_text()), 0)
