@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to train and to test on: real corpora by name, or the user's files by path.
+
+Every corpus is split by source (module, licence family, day, book, …), so that held-out text is
+not a neighbour of trained text, and no document or repeated paragraph is in both splits.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from flexolmo_jax.data import readers, textfiles
+from flexolmo_jax.data.readers import Entry
+from flexolmo_jax.errors import ConfigError, nearest
+
+Split = Literal["train", "heldout", "all"]
+SPLITS = ("train", "heldout", "all")
+
+PUBLIC = ("howto", "wiki", "techdocs")
+CLOSED = ("code", "news", "legal", "government", "academic", "religious")
+UNSEEN = ("math", "biomed")  # nobody trains on these
+
+# Share of the groups that is held out, unless the domain has a rule of its own below.
+_HELDOUT_FRAC = 0.1
+_NEWS_CUT = "2017-03-17"  # the last two weeks: later news than any that was trained on
+# Corpora in which paragraphs repeat from document to document.
+_DROP_REPEATS = ("legal", "techdocs")
+_MIN_CHARS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document of a split; `source_id` names it inside its corpus."""
+
+    text: str
+    source_id: str
+
+
+def is_domain(source: str) -> bool:
+    """Whether `source` names a corpus rather than a path."""
+    return source in readers.READERS
+
+
+def read(
+    source: str,
+    split: Split = "train",
+    *,
+    max_bytes: int | None = None,
+    seed: int = 0,
+    root: Path | str | None = None,
+) -> list[Document]:
+    """Documents of one split of a corpus or of text files, in a seeded order.
+
+    The order and the choice depend on `seed` and the documents' ids alone, and a larger
+    `max_bytes` (UTF-8 bytes of text) only adds documents at the end.
+
+    Raises:
+      ConfigError: an unknown domain or split, or a budget below one byte.
+      AssetError: the corpus is not installed.
+      DataError: a file that cannot be read as text.
+    """
+    if split not in SPLITS:
+        raise ConfigError("Unknown split", got=split, fix=nearest(split, SPLITS))
+    if max_bytes is not None and max_bytes <= 0:
+        raise ConfigError("max_bytes must be positive", got=max_bytes)
+    parts = _parts(source, None if root is None else str(root))
+    chosen = [e for name in SPLITS[:2] if split in (name, "all") for e in parts[name]]
+    return _budget(chosen, max_bytes, seed)
+
+
+def _parts(source: str, root: str | None) -> Mapping[str, tuple[Entry, ...]]:
+    if is_domain(source):
+        return _domain_parts(source, root)
+    path = Path(source)
+    if not path.exists():
+        raise ConfigError(
+            "Neither a corpus nor a file or folder",
+            got=source,
+            fix=nearest(source, readers.READERS),
+        )
+    return split_entries(source, textfiles.read(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _domain_parts(domain: str, root: str | None) -> Mapping[str, tuple[Entry, ...]]:
+    entries = readers.read_all(domain, None if root is None else Path(root))
+    return MappingProxyType(split_entries(domain, entries))
+
+
+def split_entries(domain: str, entries: Iterable[Entry]) -> dict[str, tuple[Entry, ...]]:
+    """Splits by group, then drops from the later split whatever the earlier one holds.
+
+    Training text goes first: what is left to test on was then never trained on.
+    """
+    parts: dict[str, list[Entry]] = {"train": [], "heldout": []}
+    for entry in entries:
+        parts["heldout" if _is_heldout(domain, entry.group) else "train"].append(entry)
+    paragraphs: set[bytes] = set()
+    documents: set[bytes] = set()
+    out = {}
+    for name, members in parts.items():
+        kept = []
+        for entry in members:
+            if domain in _DROP_REPEATS:
+                entry = dataclasses.replace(entry, text=_drop_repeats(entry.text, paragraphs))
+            key = text_key(entry.text)
+            if len(entry.text) >= _MIN_CHARS and key not in documents:
+                documents.add(key)
+                kept.append(entry)
+        out[name] = tuple(kept)
+    return out
+
+
+def text_key(text: str) -> bytes:
+    """Key of a text's letters and digits: equal for texts that differ in case, blanks or marks."""
+    letters = re.sub(r"[\W_]+", "", text.casefold())
+    # Text of marks alone has no letters to compare by.
+    return hashlib.sha256((letters or text).encode()).digest()[:16]
+
+
+def _drop_repeats(text: str, seen: set[bytes]) -> str:
+    kept = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        key = text_key(paragraph)
+        if key not in seen:
+            seen.add(key)
+            kept.append(paragraph)
+    return "\n\n".join(kept).strip("\n")
+
+
+def _is_heldout(domain: str, group: str) -> bool:
+    if domain == "news":
+        return group >= _NEWS_CUT
+    if domain == "government":
+        return group.endswith("7")  # every tenth year: spread over 230 years of changing language
+    label = domain if is_domain(domain) else "file"
+    return _unit(f"{label}:{group}") < _HELDOUT_FRAC
+
+
+def _unit(key: str) -> float:
+    """A number in [0, 1) that depends on `key` alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2.0**48
+
+
+def _budget(entries: list[Entry], max_bytes: int | None, seed: int) -> list[Document]:
+    ordered = sorted(entries, key=lambda e: (_unit(f"{seed}:{e.source_id}"), e.source_id))
+    out, used = [], 0
+    for entry in ordered:
+        used += len(entry.text.encode())
+        if max_bytes is not None and out and used > max_bytes:
+            break
+        out.append(Document(entry.text, entry.source_id))
+    return out

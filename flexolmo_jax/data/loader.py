@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches: an endless seeded mixture to train on, and a fixed pass over text to test on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from flexolmo_jax.config import DataConfig
+from flexolmo_jax.data.packing import PackedRows, Row, padding_row, stack
+from flexolmo_jax.data.shards import ShardSet, open_shards
+from flexolmo_jax.errors import ConfigError
+
+
+def train_loader(
+    data: DataConfig,
+    *,
+    tokenizer_digest: str,
+    vocab_size: int,
+    seed: int,
+    host_index: int = 0,
+    host_count: int = 1,
+    verify: bool = True,
+) -> grain.IterDataset[Row]:
+    """Endless batches of this host's rows, [batch_rows / host_count, T] each.
+
+    Every source is reshuffled each epoch; sources are mixed by weight. The global batch of a step,
+    its rows in the order of the hosts, is the same for any number of hosts. The iterator's
+    `get_state` is a small JSON value that `set_state` takes up exactly, in any process with the
+    same arguments.
+
+    Raises:
+      ConfigError: no sources, a weight that is not positive, or rows that do not divide over hosts.
+      DataError: a source that must not be trained on (see `open_shards`).
+    """
+    _check(data, host_index, host_count)
+    datasets = []
+    for number, source in enumerate(data.sources):
+        shards = open_shards(
+            source.path, tokenizer_digest=tokenizer_digest, vocab_size=vocab_size, verify=verify
+        )
+        rows = PackedRows(
+            shards, data.seq_len, document_mask=data.document_mask, public=source.public
+        )
+        # Each source gets a seed of its own, or equally long sources would be shuffled alike.
+        source_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        datasets.append(grain.MapDataset.source(rows).seed(source_seed).shuffle().repeat())
+    mixed = grain.MapDataset.mix(datasets, weights=[s.weight for s in data.sources])
+    batches = mixed.batch(data.batch_rows // host_count)
+    # Batch h, h + H, h + 2H, … are the rows of host h: the hosts' batches in order are the whole.
+    return batches[host_index::host_count].to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    )
+
+
+def _check(data: DataConfig, host_index: int, host_count: int) -> None:
+    if not data.sources:
+        raise ConfigError("There is nothing to train on", where="DataConfig.sources")
+    for number, source in enumerate(data.sources):
+        if not 0 < source.weight < float("inf"):
+            raise ConfigError(
+                "A weight must be positive",
+                got=source.weight,
+                where=f"DataConfig.sources[{number}].weight",
+            )
+    if not 0 <= host_index < host_count:
+        raise ConfigError("No such host", got=host_index, expected=f"0..{host_count - 1}")
+    if data.batch_rows % host_count:
+        raise ConfigError(
+            "batch_rows must be a multiple of the number of hosts",
+            got=f"batch_rows={data.batch_rows}, hosts={host_count}",
+            where="DataConfig.batch_rows",
+        )
+
+
+def heldout_batches(
+    shards: ShardSet | Path | str,
+    rows: int,
+    *,
+    seq_len: int,
+    n_rows: int = 0,
+    spread: bool = True,
+    document_mask: bool = True,
+    public: bool = False,
+    tokenizer_digest: str | None = None,
+    vocab_size: int | None = None,
+    verify: bool = True,
+) -> Iterator[Row]:
+    """Batches [rows, T] over held-out text in stored order; the last is filled up with padding.
+
+    Args:
+      shards: an opened set, or a directory to open (the last three arguments are for this).
+      rows: rows per batch.
+      n_rows: take only this many rows; 0 takes all.
+      spread: take them evenly spaced over the whole text instead of from its start.
+
+    Raises:
+      ConfigError: rows below one.
+      DataError: text that must not be read (see `open_shards`).
+    """
+    if rows <= 0 or n_rows < 0:
+        raise ConfigError("rows must be positive", got=f"rows={rows}, n_rows={n_rows}")
+    if not isinstance(shards, ShardSet):
+        shards = open_shards(
+            shards, tokenizer_digest=tokenizer_digest, vocab_size=vocab_size, verify=verify
+        )
+    packed = PackedRows(shards, seq_len, document_mask=document_mask, public=public)
+    chosen = row_choice(len(packed), n_rows, spread=spread)
+    filler = padding_row(seq_len, int(shards.info["eos_id"]))
+    return _in_order(packed, chosen, rows, filler)
+
+
+def _in_order(packed: PackedRows, chosen: np.ndarray, rows: int, filler: Row) -> Iterator[Row]:
+    for begin in range(0, len(chosen), rows):
+        batch = [packed[int(i)] for i in chosen[begin : begin + rows]]
+        yield stack(batch + [filler] * (rows - len(batch)))
+
+
+def row_choice(available: int, n_rows: int, *, spread: bool = True) -> np.ndarray:
+    """Numbers of the rows to take: all, the first `n_rows`, or `n_rows` evenly spaced ones."""
+    if n_rows == 0 or n_rows >= available:
+        return np.arange(available)
+    if not spread:
+        return np.arange(n_rows)
+    return np.arange(n_rows) * available // n_rows
