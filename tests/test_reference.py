@@ -124,6 +124,8 @@ def test_loss_by_hand():
 # Largest difference seen over all cases and dispatches: 4.2e-6 (logits of std 4.1),
 # 2.8e-6 where logits have std 1.
 LOGITS_GATE = 1e-4
+# These tests are about formulas: half of the compile time is enough for them.
+QUICK = {"xla_backend_optimization_level": 0}
 DISPATCHES = ("dense", "blocked", "ragged")
 ROWS = {"some": [[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 1]], "public": [[1, 0, 0, 0]] * 3}
 
@@ -176,7 +178,7 @@ def reference_of(case):
     return config, params, batch, allowed, outputs
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def run_model(config, dispatch, params, tokens, segments, allowed):
     run = model.Runtime(dispatch=dispatch)
     out = model.forward(
@@ -244,7 +246,6 @@ Z_LOSS = 0.01
 GRADIENT_GATE = 1e-5  # Seen: 4.7e-7; the loss itself differs by 3.7e-7.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def model_loss(config, dispatch, params, batch, allowed):
     run = model.Runtime(dispatch=dispatch, loss_chunk=5)
     out = model.forward(
@@ -259,6 +260,11 @@ def model_loss(config, dispatch, params, batch, allowed):
     nll, z = loss.token_losses(config, run, params["shared"], out.hidden_BTD, batch["targets"])
     kept = jnp.where(batch["loss_mask"], nll + Z_LOSS * z, 0.0)
     return jnp.sum(kept) / jnp.sum(batch["loss_mask"])
+
+
+value_and_gradients = jax.jit(
+    jax.value_and_grad(model_loss, argnums=2), static_argnums=(0, 1), compiler_options=QUICK
+)
 
 
 def reference_loss(config, params, batch, allowed):
@@ -299,9 +305,7 @@ def reference_gradients(case):
 @pytest.mark.parametrize(("case", "dispatch"), GRADIENT_PAIRS)
 def test_loss_and_gradients_equal_finite_differences(case, dispatch):
     config, params, batch, allowed, _ = reference_of(case)
-    value, grads = jax.value_and_grad(model_loss, argnums=2)(
-        config, dispatch, params, batch, allowed
-    )
+    value, grads = value_and_gradients(config, dispatch, params, batch, allowed)
     assert abs(float(value) - reference_loss(config, params, batch, allowed)) < 1e-5
     flat = tree.flatten(grads)
     slopes = reference_gradients(case)
