@@ -3,6 +3,7 @@
 
 import concurrent.futures
 import contextlib
+import hashlib
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ from flexolmo_jax import tree as trees
 from flexolmo_jax.errors import ConfigError, Problem
 
 Path = pathlib.Path
+COPY_BYTES = 4 << 20
 PART = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9._-]{0,126}")
 
 
@@ -115,3 +117,35 @@ def write_text(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(work, path)
+
+
+def copy_listed(
+    source: Path, target: Path, files: Mapping[str, str], problems: list[Problem]
+) -> int:
+    """Copies listed files while hashing them; returns the bytes, adds each difference found."""
+    total = 0
+    target.mkdir(parents=True, exist_ok=True)
+    for name, digest in sorted(files.items()):
+        where = source / name
+        if any(p.is_symlink() for p in (where, *where.parents) if p.is_relative_to(source)):
+            problems.append(Problem("symlink", str(where), "", "symbolic links are not followed"))
+        elif not where.is_file():
+            problems.append(Problem("file-missing", str(where), "", "listed, but not there"))
+        else:
+            size, got = _copy_file(where, target / name)
+            total += size
+            if got != digest:
+                message = f"content has {got}, listed {digest}"
+                problems.append(Problem("file-digest", str(where), "", message))
+    return total
+
+
+def _copy_file(source: Path, target: Path) -> tuple[int, str]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest, size = hashlib.sha256(), 0
+    with open(source, "rb") as read, open(target, "wb") as write:
+        while block := read.read(COPY_BYTES):
+            digest.update(block)
+            write.write(block)
+            size += len(block)
+    return size, "sha256:" + digest.hexdigest()

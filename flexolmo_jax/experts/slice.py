@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The leaves of one expert: taken out of a group, put into one, written to and read from disk."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexolmo_jax import checkpoint, model
+from flexolmo_jax import tree as trees
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.errors import CheckpointError, Problem, RefusedError
+from flexolmo_jax.experts import manifest as manifests
+from flexolmo_jax.files import atomic_directory, check_files, hash_files, list_files
+
+PARAMS = "params"
+SLOT_AXIS = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceInfo:
+    """A validated slice manifest and where it lies."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    digest: str
+
+    @property
+    def expert(self) -> str:
+        """The expert's id."""
+        return self.manifest["expert"]
+
+
+def take_slot(group: Mapping[str, Any], slot: int) -> trees.Tree:
+    """One slot of a group as a slice: [L, E, ...] leaves become [L, ...]."""
+    return trees.map_named(lambda _, leaf: leaf[:, slot], group)
+
+
+def put_slot(group: Mapping[str, Any], slot: int, piece: Mapping[str, Any]) -> trees.Tree:
+    """A copy of the group with one slot replaced; the exact inverse of `take_slot`.
+
+    Raises:
+      CheckpointError: a leaf of another name, shape or dtype.
+    """
+    _require_equal(abstract_of(take_slot(group, slot)), abstract_of(piece))
+
+    def put(_: str, leaf: Any, new: Any) -> Any:
+        if isinstance(leaf, jax.Array):
+            return leaf.at[:, slot].set(new)
+        out = np.array(leaf)
+        out[:, slot] = new
+        return out
+
+    return trees.map_named(put, group, piece)
+
+
+def stack_slices(pieces: Sequence[Mapping[str, Any] | None], n_slots: int) -> trees.Tree:
+    """A group from slices in slot order; None, and every slot past the last, is all zeros.
+
+    Raises:
+      CheckpointError: no slice at all, more than `n_slots`, or slices that differ in shape.
+    """
+    filled = [piece for piece in pieces if piece is not None]
+    if not filled or len(pieces) > n_slots:
+        raise CheckpointError(
+            "The slices do not fit the slots", got=len(pieces), expected=f"1 to {n_slots}"
+        )
+    for piece in filled[1:]:
+        _require_equal(abstract_of(filled[0]), abstract_of(piece))
+    flat = [None if piece is None else trees.flatten(piece) for piece in pieces]
+
+    def stack(name: str, like: Any) -> np.ndarray:
+        out = np.zeros((like.shape[0], n_slots, *like.shape[1:]), like.dtype)
+        for slot, leaves in enumerate(flat):
+            if leaves is not None:
+                out[:, slot] = leaves[name]
+        return out
+
+    return trees.map_named(stack, filled[0])
+
+
+def abstract_of(tree: Mapping[str, Any]) -> trees.Tree:
+    """Shapes and dtypes of a tree of arrays."""
+    return trees.map_named(lambda _, x: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype)), tree)
+
+
+def _require_equal(expected: trees.Tree, found: trees.Tree) -> None:
+    problems = checkpoint.leaf_problems(trees.flatten(expected), trees.flatten(found))
+    if problems:
+        raise CheckpointError("The slices do not fit", got="; ".join(map(str, problems)))
+
+
+def expected_slice(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Leaf name to shape of a slice of this architecture."""
+    one = model.abstract_params(config.replace(n_slots=1, n_active=1))["experts"]
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape[:SLOT_AXIS] + leaf.shape[SLOT_AXIS + 1 :], leaf.dtype)
+        for name, leaf in trees.flatten(one).items()
+    }
+
+
+def abstract_leaves(table: Mapping[str, Mapping[str, Any]]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaf table of a manifest as abstract arrays."""
+    return {
+        name: jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]))
+        for name, entry in table.items()
+    }
+
+
+def write_slice(
+    path: str | Path,
+    tree: Mapping[str, Any],
+    *,
+    expert: str,
+    config: ModelConfig,
+    anchor_digest: str | None,
+    tokenizer_digest: str,
+    training: Mapping[str, int],
+    recipe: Mapping[str, Any] | None = None,
+    data_card: Mapping[str, Any] | None = None,
+) -> SliceInfo:
+    """Writes a slice directory, completely or not at all.
+
+    Args:
+      anchor_digest: None only for the public slice of an anchor.
+      training: exactly steps, tokens and seed.
+
+    Raises:
+      RefusedError: the tree or a field breaks the rules by which it would be refused later.
+    """
+    path = Path(path)
+    host = trees.map_named(lambda _, leaf: np.asarray(leaf), tree)
+    problems = checkpoint.leaf_problems(expected_slice(config), trees.flatten(host), str(path))
+    problems = [p for p in problems if p.code != "leaf-dtype"]
+    problems += [
+        Problem("not-finite", str(path), name, "holds NaN or infinity")
+        for name, leaf in trees.flatten(host).items()
+        if not all_finite(leaf)
+    ]
+    if problems:
+        raise RefusedError("The slice cannot be shipped", problems)
+    with atomic_directory(path) as work:
+        checkpoint.save_tree(work / PARAMS, host)
+        content = {
+            "kind": "slice",
+            "schema": manifests.SCHEMA,
+            "expert": expert,
+            "anchor_digest": anchor_digest,
+            "architecture_digest": manifests.architecture_digest(config),
+            "tokenizer_digest": tokenizer_digest,
+            "leaves": manifests.leaf_table(host),
+            "files": hash_files(work, list_files(work)[0]),
+            "data_card": dict(data_card or {}),
+            "training": dict(training),
+            "recipe": dict(recipe or {}),
+        }
+        problems = manifests.check(manifests.seal(content), str(path), "slice")
+        if problems:
+            raise RefusedError("The slice cannot be shipped", problems)
+        sealed = manifests.write(work, content)
+    return SliceInfo(path, sealed, manifests.manifest_digest(sealed))
+
+
+def read_slice_info(path: str | Path) -> tuple[SliceInfo | None, list[Problem]]:
+    """The manifest of a slice directory; reads that one file."""
+    path = Path(path)
+    value, problems = manifests.read(path, "slice")
+    if value is None:
+        return None, problems
+    return SliceInfo(path, value, manifests.manifest_digest(value)), []
+
+
+def listing_problems(info: SliceInfo, *, content: bool) -> list[Problem]:
+    """Files of a slice against its manifest; `content` False opens none of them."""
+    problems = check_files(
+        info.path, info.manifest["files"], ignore=[manifests.NAME], content=content
+    )
+    out = []
+    for p in problems:
+        leftover = p.code == "file-extra" and manifests.is_leftover(p.path)
+        code = "leftover-state" if leftover else p.code
+        out.append(dataclasses.replace(p, code=code, path=f"{info.path}/{p.path}"))
+    return out
+
+
+def read_leaves(info: SliceInfo, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Some leaves of a slice as numpy arrays, exactly as the manifest describes them.
+
+    Raises:
+      CheckpointError: the arrays have other names, shapes or dtypes than the manifest.
+    """
+    abstract = trees.unflatten(abstract_leaves(info.manifest["leaves"]))
+    names = list(info.manifest["leaves"]) if names is None else names
+    return checkpoint.restore_tree(info.path / PARAMS, abstract, only=names)
+
+
+def leaf_content_problems(info: SliceInfo) -> list[Problem]:
+    """Digest and finiteness of every leaf; holds one leaf at a time."""
+    out = []
+    for name, entry in info.manifest["leaves"].items():
+        try:
+            leaf = read_leaves(info, [name])[name]
+        except CheckpointError as e:
+            return [*out, Problem("leaf-digest", str(info.path), name, str(e))]
+        out += content_problems(str(info.path), name, leaf, entry["digest"])
+    return out
+
+
+def content_problems(path: str, name: str, leaf: np.ndarray, digest: str) -> list[Problem]:
+    """Whether one array is what its table says, and finite."""
+    out = []
+    got = trees.leaf_digest(leaf)
+    if got != digest:
+        out.append(Problem("leaf-digest", path, name, f"values have {got}, listed {digest}"))
+    if not all_finite(leaf):
+        out.append(Problem("not-finite", path, name, "holds NaN or infinity"))
+    return out
+
+
+def all_finite(leaf: np.ndarray) -> bool:
+    """Whether an array holds no NaN or infinity; works on one row at a time to save memory."""
+    rows = leaf if leaf.ndim > 1 else [leaf]
+    return all(bool(np.isfinite(row).all()) for row in rows)
+
+
+def read_slice(path: str | Path, *, verify: bool = True) -> tuple[SliceInfo, trees.Tree]:
+    """Manifest and leaves of a slice directory.
+
+    Raises:
+      RefusedError: with every problem found.
+    """
+    info, problems = read_slice_info(path)
+    if info is not None and verify:
+        problems = listing_problems(info, content=True)
+    if info is None or problems:
+        raise RefusedError("The slice cannot be used", problems)
+    leaves = read_leaves(info)
+    if verify:
+        for name, leaf in leaves.items():
+            digest = info.manifest["leaves"][name]["digest"]
+            problems += content_problems(str(info.path), name, leaf, digest)
+    if problems:
+        raise RefusedError("The slice cannot be used", problems)
+    return info, trees.unflatten(leaves)

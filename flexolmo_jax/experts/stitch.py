@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stitch: one model from an anchor and slices, without training and without rewriting a byte.
+
+`plan` reads JSON and lists folders; `execute` copies and checks every byte, and writes the model's
+flexolmo.json last. The order in which slices are given has no effect.
+"""
+
+import dataclasses
+import resource
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.config import ModelConfig, RouterConfig, from_dict
+from flexolmo_jax.errors import ConfigError, Problem, RefusedError
+from flexolmo_jax.experts import manifest as manifests
+from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import slice as slices
+from flexolmo_jax.files import atomic_directory, copy_listed, list_files
+
+DEFAULT_ACTIVE = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StitchPlan:
+    """A stitch that has passed every check which needs no array.
+
+    Attributes:
+      pieces: slot to slice, in slot order; slot 0 is the anchor's public slice.
+    """
+
+    anchor: model_dir.ModelInfo
+    config: ModelConfig
+    pieces: dict[int, slices.SliceInfo]
+
+    @property
+    def slots(self) -> list[dict[str, Any]]:
+        """The slot table of the model to be."""
+        return [
+            {"slot": slot, "expert": piece.expert, "manifest_digest": piece.digest}
+            for slot, piece in self.pieces.items()
+        ]
+
+    @property
+    def model_digest(self) -> str:
+        """The identity of the model to be."""
+        return manifests.model_digest(self.anchor.anchor_digest, self.config, self.slots)
+
+    def table(self) -> str:
+        """The plan as aligned text, one line per slot."""
+        rows = [("slot", "expert", "MiB", "manifest", "from")]
+        for slot in range(self.config.n_slots):
+            piece = self.pieces.get(slot)
+            if piece is None:
+                rows.append((str(slot), "(empty)", "", "", ""))
+                continue
+            size = sum(list_files(piece.path)[0].values()) / 2**20
+            cells = (piece.expert, f"{size:.2f}", piece.digest[7:19], str(piece.path))
+            rows.append((str(slot), *cells))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        c = self.config
+        lines.append(f"{c.n_active} active of {c.n_slots} slots; model {self.model_digest[7:19]}")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def plan(
+    anchor: str | Path,
+    experts: Sequence[str | Path],
+    *,
+    slots: int | None = None,
+    like: str | Path | None = None,
+    active: int | None = None,
+) -> StitchPlan:
+    """Checks an anchor and slices against each other and gives every expert its slot.
+
+    Args:
+      slots: capacity, the public expert included; None is as many as needed.
+      like: a model whose capacity, positions and active experts to take; an expert that is not
+        given leaves its slot empty, a new one takes the first free slot.
+      active: experts per token; None is all up to three, or those of `like`.
+
+    Raises:
+      RefusedError: every problem of every slice.
+      ConfigError: options that contradict each other.
+    """
+    if (slots is not None and like is not None) or (slots or 1) < 1:
+        raise ConfigError(
+            "Give --slots of 1 or more, or --like, which sets the capacity itself",
+            got=f"slots={slots}, like={like}",
+        )
+    base, public = _read_anchor(anchor)
+    like_info = None if like is None else model_dir.read_info(like)
+    pieces, problems = [], []
+    for path in experts:
+        piece, found = slices.read_slice_info(path)
+        if piece is not None:
+            found = _slice_problems(base, piece)
+            pieces.append(piece)
+        problems += found
+    problems += _together_problems(base, pieces, like_info)
+    problems += model_dir.dtype_problems([public, *pieces])
+    capacity = like_info.config.n_slots if like_info else slots or len(pieces) + 1
+    taken, found = _assign(pieces, capacity, like_info.slots if like_info else {})
+    problems += found
+    if problems:
+        raise RefusedError("The slices cannot be stitched", problems)
+    if active is None:
+        active = like_info.config.n_active if like_info else min(len(taken) + 1, DEFAULT_ACTIVE)
+    router = _router_of(base, pieces[0]) if pieces else base.config.router
+    config = base.config.replace(n_slots=capacity, n_active=active, router=router)
+    return StitchPlan(base, config, {0: public, **dict(sorted(taken.items()))})
+
+
+def _read_anchor(path: str | Path) -> tuple[model_dir.ModelInfo, slices.SliceInfo]:
+    """The anchor and its public slice, or a RefusedError."""
+    base, problems = model_dir.parse_info(path)
+    if base is None:
+        raise RefusedError(f"{path} is not an anchor that can be used", problems)
+    if not base.is_anchor:
+        message = f"a stitched model with {', '.join(base.slots)}; only an anchor can be stitched"
+        raise RefusedError(
+            "The slices cannot be stitched",
+            [Problem("not-an-anchor", str(path), "", message)],
+            fix=f"name the anchor, and the slices in {base.path / model_dir.EXPERTS} one by one",
+        )
+    public, problems = model_dir.member_info(base, manifests.PUBLIC)
+    problems = problems + model_dir.shared_file_problems(base, content=False)
+    if public is not None:
+        problems += slices.listing_problems(public, content=False)
+        problems += model_dir.anchor_problems(base, public)
+    if public is None or problems:
+        raise RefusedError(f"{path} is not an anchor that can be used", problems)
+    return base, public
+
+
+def _slice_problems(base: model_dir.ModelInfo, piece: slices.SliceInfo) -> list[Problem]:
+    out = model_dir.belongs_problems(base, piece)
+    out += slices.listing_problems(piece, content=False)
+    if piece.expert == manifests.PUBLIC:
+        message = "the public expert comes with the anchor and cannot be given as a slice"
+        out.append(Problem("bad-id", str(piece.path), "", message))
+    # A small file may hold a huge array (compression): what the shapes allow bounds the disk too.
+    abstract = slices.abstract_leaves(piece.manifest["leaves"])
+    budget = 2 * sum(x.size * x.dtype.itemsize for x in abstract.values()) + (1 << 20)
+    size = sum(list_files(piece.path)[0].values())
+    if size > budget:
+        message = f"{size} bytes on disk, at most {budget} for these shapes"
+        out.append(Problem("too-big", str(piece.path), "", message))
+    return out
+
+
+def _together_problems(
+    base: model_dir.ModelInfo,
+    pieces: Sequence[slices.SliceInfo],
+    like: model_dir.ModelInfo | None,
+) -> list[Problem]:
+    out, seen = [], {}
+    for piece in pieces:
+        if piece.expert in seen:
+            message = f"expert {piece.expert!r} is also given by {seen[piece.expert]}"
+            out.append(Problem("duplicate-expert", str(piece.path), "", message))
+        seen[piece.expert] = piece.path
+    routers = {str(piece.path): _router_of(base, piece) for piece in pieces}
+    wanted = next(iter(sorted(routers.items())), None)
+    for path, router in routers.items():
+        if isinstance(router, str):
+            out.append(Problem("router-mismatch", path, "", router))
+        elif wanted and not isinstance(wanted[1], str) and router != wanted[1]:
+            message = f"was trained with {router}, the slice {wanted[0]} with {wanted[1]}"
+            out.append(Problem("router-mismatch", path, "", message))
+    if like is not None and like.anchor_digest != base.anchor_digest:
+        message = f"anchor_digest is {like.anchor_digest}, the anchor has {base.anchor_digest}"
+        out.append(Problem("wrong-anchor", str(like.path), "", message))
+    return out
+
+
+def _router_of(base: model_dir.ModelInfo, piece: slices.SliceInfo) -> RouterConfig | str:
+    """The router a slice was trained with, the anchor's if it does not say, or what is wrong."""
+    recorded = piece.manifest["recipe"].get("router")
+    if recorded is None:
+        return base.config.router
+    if not isinstance(recorded, Mapping):
+        return "recipe.router is not an object"
+    try:
+        return from_dict(RouterConfig, recorded, "recipe.router")
+    except ConfigError as e:
+        return str(e)
+
+
+def _assign(
+    pieces: Iterable[slices.SliceInfo], capacity: int, known: Mapping[str, int]
+) -> tuple[dict[int, slices.SliceInfo], list[Problem]]:
+    """Slot to slice: the position in `known`, else the first free one in order of ids."""
+    by_id = {piece.expert: piece for piece in sorted(pieces, key=lambda p: p.expert)}
+    by_id.pop(manifests.PUBLIC, None)
+    taken = {known[expert]: piece for expert, piece in by_id.items() if expert in known}
+    # A slot that is known stays empty when its expert is not given.
+    free = [s for s in range(1, capacity) if s not in known.values()]
+    new = [piece for expert, piece in by_id.items() if expert not in known]
+    out = []
+    for piece in new[len(free) :]:
+        message = f"no slot is left: capacity {capacity}, the public expert included"
+        out.append(Problem("too-many-experts", str(piece.path), "", message))
+    return {**taken, **dict(zip(free, new, strict=False))}, out
+
+
+def execute(stitch_plan: StitchPlan, out: str | Path) -> dict[str, Any]:
+    """Copies anchor and slices into a new model directory, checking every byte and value.
+
+    Returns:
+      slots, model_digest, anchor_digest, bytes_copied and peak_host_gib.
+
+    Raises:
+      RefusedError: every file and leaf that is not what its manifest says; nothing is left behind.
+    """
+    out, anchor = Path(out), stitch_plan.anchor
+    problems: list[Problem] = []
+    with atomic_directory(out) as work:
+        copied = copy_listed(anchor.path, work, anchor.content["files"], problems)
+        pieces = list(stitch_plan.pieces.values())
+        for piece in pieces:
+            copied += copy_slice(piece, work / model_dir.EXPERTS / piece.expert, problems)
+        if not problems:
+            problems += model_dir.shared_content_problems(anchor, work / model_dir.SHARED)
+            for piece in pieces:
+                here = work / model_dir.EXPERTS / piece.expert
+                found = slices.leaf_content_problems(dataclasses.replace(piece, path=here))
+                problems += [dataclasses.replace(p, path=str(piece.path)) for p in found]
+        if problems:
+            raise RefusedError("The slices cannot be stitched", problems)
+        model_dir.write_info(
+            work,
+            config=stitch_plan.config,
+            slots=stitch_plan.slots,
+            shared=anchor.content["shared"],
+            files=anchor.content["files"],
+            training=anchor.training,
+            anchor_digest=anchor.anchor_digest,
+        )
+    return {
+        "slots": stitch_plan.slots,
+        "model_digest": stitch_plan.model_digest,
+        "anchor_digest": anchor.anchor_digest,
+        "bytes_copied": copied,
+        "peak_host_gib": peak_host_gib(),
+    }
+
+
+def copy_slice(piece: slices.SliceInfo, target: Path, problems: list[Problem]) -> int:
+    """Copies a slice directory byte for byte; returns the bytes, adds to the problems."""
+    size = copy_listed(piece.path, target, piece.manifest["files"], problems)
+    # The manifest is written from what was validated: equal bytes, as only one rendering is valid.
+    text = manifests.render(piece.manifest)
+    (target / manifests.NAME).write_bytes(text.encode())
+    return size + len(text.encode())
+
+
+def peak_host_gib() -> float:
+    """The most memory this process has held, GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def unstitch(model: str | Path, expert: str, out: str | Path) -> dict[str, Any]:
+    """Copies one expert out of a model: the slice directory exactly as its owner shipped it.
+
+    Raises:
+      RefusedError: the slice is not what the model's slot table and its manifest say.
+      ConfigError: no such expert, or the public one, which is part of the anchor.
+    """
+    info = model_dir.read_info(model)
+    info.expert_path(expert)
+    if expert == manifests.PUBLIC:
+        raise ConfigError("The public expert is part of the anchor, it is no slice", got=expert)
+    piece, problems = model_dir.member_info(info, expert)
+    if piece is not None:
+        problems += slices.listing_problems(piece, content=False)
+    if piece is None or problems:
+        raise RefusedError(f"Expert {expert!r} cannot be taken out", problems)
+    with atomic_directory(Path(out)) as work:
+        copied = copy_slice(piece, work, problems)
+        if problems:
+            raise RefusedError(f"Expert {expert!r} cannot be taken out", problems)
+    return {"expert": expert, "manifest_digest": piece.digest, "bytes_copied": copied}

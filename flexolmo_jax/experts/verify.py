@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verify: everything that can be wrong with an anchor, a model or a slice on disk."""
+
+from pathlib import Path
+
+from flexolmo_jax.errors import Problem
+from flexolmo_jax.experts import manifest as manifests
+from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import slice as slices
+
+
+def verify(path: str | Path) -> list[Problem]:
+    """Schema, then the digest of every file, then digest and finiteness of every leaf.
+
+    Leaves are only read once all files are what they should be. Empty means nothing was found.
+    """
+    path = Path(path)
+    value, problems = manifests.read(path)
+    if value is None:
+        return problems
+    return _verify_slice(path) if value["kind"] == "slice" else _verify_model(path)
+
+
+def _verify_slice(path: Path) -> list[Problem]:
+    info, problems = slices.read_slice_info(path)
+    if info is None:
+        return problems
+    problems = slices.listing_problems(info, content=True)
+    return problems or slices.leaf_content_problems(info)
+
+
+def _verify_model(path: Path) -> list[Problem]:
+    info, problems = model_dir.parse_info(path)
+    if info is None:
+        return problems
+    problems = model_dir.shared_file_problems(info, content=True)
+    pieces = []
+    for expert in info.slots:
+        piece, found = model_dir.member_info(info, expert)
+        problems += found
+        if piece is not None:
+            pieces.append(piece)
+            problems += slices.listing_problems(piece, content=True)
+    if problems:
+        return problems
+    problems = model_dir.anchor_problems(info, pieces[0]) + model_dir.dtype_problems(pieces)
+    problems += model_dir.shared_content_problems(info, info.path / model_dir.SHARED)
+    for piece in pieces:
+        problems += slices.leaf_content_problems(piece)
+    return problems
