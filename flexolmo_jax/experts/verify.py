@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from flexolmo_jax.errors import Problem
+from flexolmo_jax.errors import Problem, RefusedError
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.experts import model_dir
 from flexolmo_jax.experts import slice as slices
@@ -48,3 +48,19 @@ def _verify_model(path: Path) -> list[Problem]:
     for piece in pieces:
         problems += slices.leaf_content_problems(piece)
     return problems
+
+
+def identity(path: str | Path) -> dict[str, str]:
+    """The digests by which a slice or a model is known.
+
+    Raises:
+      RefusedError: its flexolmo.json cannot be used.
+    """
+    value, problems = manifests.read(Path(path))
+    if value is None:
+        raise RefusedError(f"{path} cannot be used", problems)
+    if value["kind"] == "slice":
+        own = {"manifest_digest": manifests.manifest_digest(value)}
+    else:
+        own = {"model_digest": value["model_digest"]}
+    return {"anchor_digest": value["anchor_digest"], **own}

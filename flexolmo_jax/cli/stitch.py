@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model from an anchor and expert slices: no training, no byte rewritten, any order."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `flexolmo stitch`."""
+    parser.add_argument("--anchor", required=True, type=Path, metavar="A", help="an anchor")
+    parser.add_argument(
+        "--expert",
+        dest="experts",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="E",
+        help="an expert slice (once per expert)",
+    )
+    parser.add_argument("--out", type=Path, metavar="M", help="a new directory")
+    parser.add_argument("--slots", type=int, metavar="N", help="capacity, public expert included")
+    parser.add_argument(
+        "--like", type=Path, metavar="M0", help="take capacity and positions from this model"
+    )
+    parser.add_argument(
+        "--active", type=int, metavar="K", help="experts per token (default: all, at most 3)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and show the plan only")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Plans, shows the plan, stitches, and returns slots and digests."""
+    from flexolmo_jax.experts import stitch
+
+    if args.out is None and not args.dry_run:
+        raise ConfigError("--out is missing", fix="name a new directory, or add --dry-run")
+    plan = stitch.plan(
+        args.anchor, args.experts, slots=args.slots, like=args.like, active=args.active
+    )
+    print(plan.table())
+    if args.dry_run:
+        return {"slots": plan.slots, "model_digest": plan.model_digest, "bytes_copied": 0}
+    result = stitch.execute(plan, args.out)
+    print(f"{result['bytes_copied'] / 2**20:.1f} MiB copied and verified -> {args.out}")
+    names = ("anchor_digest", "model_digest")
+    return {**result, "digests": {n: result[n] for n in names}}

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check an anchor, a slice or a model: schema, every file, every leaf. Exits 3 on a finding."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.cli import main as frame
+from flexolmo_jax.errors import RefusedError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `flexolmo verify`."""
+    parser.add_argument("path", type=Path, metavar="PATH", help="an anchor, a slice or a model")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Verifies, prints every problem and returns the finding."""
+    from flexolmo_jax.experts import verify
+
+    started = time.perf_counter()
+    problems = verify.verify(args.path)
+    result = {
+        "ok": not problems,
+        "problems": [vars(problem) for problem in problems],
+        "digests": {} if problems else verify.identity(args.path),
+    }
+    if not problems:
+        print(f"{args.path}: whole")
+        for name, digest in result["digests"].items():
+            print(f"{name} {digest}")
+        return result
+    if args.json is not None:
+        # An error leaves no result file by itself, and a finding is the result here.
+        seconds = time.perf_counter() - started
+        frame.write_json(args.json, frame.result_file("verify", args, result, seconds))
+    raise RefusedError(
+        f"{args.path} is not what it claims to be",
+        problems,
+        fix="get it again from its owner; nothing in it can be trusted",
+    )

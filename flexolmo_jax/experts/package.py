@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Package: the final weights of a training run as what is shipped, an anchor or an expert slice.
+
+A run ends by writing W/final: the weights alone, without optimizer, random-number or iterator
+state, and a final.json that says what they are.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flexolmo_jax import checkpoint
+from flexolmo_jax import tree as trees
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.errors import CheckpointError, ConfigError
+from flexolmo_jax.experts import manifest as manifests
+from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import slice as slices
+from flexolmo_jax.files import atomic_directory, check_files, hash_files, list_files, write_text
+
+FINAL, NAME, PARAMS, TOKENIZER = "final", "final.json", "params", "tokenizer.json"
+KEYS = {"kind", "schema", "digest", "stage", "expert_id", "model", "anchor_digest"}
+KEYS |= {"tokenizer_digest", "training", "recipe", "files"}
+# One word with a separator in it; prose and numbers are left alone.
+PATH_LIKE = re.compile(r"~|\S*[/\\]\S*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Final:
+    """What W/final holds.
+
+    Attributes:
+      anchor_digest: of the anchor beside which an expert was trained; None for an anchor.
+      training: steps, tokens and seed.
+      recipe: how it was trained; its "router" entry is what `stitch` compares.
+    """
+
+    path: Path
+    stage: str
+    expert_id: str
+    config: ModelConfig
+    anchor_digest: str | None
+    tokenizer_digest: str
+    training: dict[str, int]
+    recipe: dict[str, Any]
+
+
+def write_final(
+    workdir: str | Path,
+    *,
+    stage: str,
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    tokenizer_path: str | Path,
+    training: Mapping[str, int],
+    expert_id: str = "",
+    anchor_digest: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> Final:
+    """Writes W/final, replacing an older one only once the new one is complete.
+
+    Args:
+      stage: "anchor", with params {"shared", "experts"} of one slot, or "expert", with a slice.
+      config: of the anchor, also for an expert.
+      training: exactly steps, tokens and seed.
+
+    Raises:
+      ConfigError: an expert without an id or an anchor digest.
+      CheckpointError: params of other names or shapes than stage and config say.
+    """
+    if stage not in ("anchor", "expert"):
+        raise ConfigError("Only an anchor or an expert can be finished", got=stage)
+    if stage == "expert" and not (manifests.is_slug(expert_id) and anchor_digest):
+        raise ConfigError(
+            "A finished expert needs an id and the digest of its anchor",
+            got=f"expert_id={expert_id!r}, anchor_digest={anchor_digest!r}",
+        )
+    found = slices.abstract_of(params)
+    problems = checkpoint.leaf_problems(expected(stage, config), trees.flatten(found))
+    problems = [p for p in problems if p.code != "leaf-dtype"]
+    if problems:
+        raise CheckpointError(
+            f"These are not the weights of stage {stage!r}", got="; ".join(map(str, problems))
+        )
+    target = Path(workdir) / FINAL
+    fresh = target.with_name(FINAL + ".next")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with atomic_directory(fresh) as work:
+        checkpoint.save_tree(work / PARAMS, params)
+        shutil.copyfile(tokenizer_path, work / TOKENIZER)
+        files = hash_files(work, list_files(work)[0])
+        content = {
+            "kind": "final",
+            "schema": manifests.SCHEMA,
+            "stage": stage,
+            "expert_id": expert_id,
+            "model": config.to_json(),
+            "anchor_digest": anchor_digest,
+            "tokenizer_digest": files[TOKENIZER],
+            "training": dict(training),
+            "recipe": {"router": dataclasses.asdict(config.router), **dict(recipe or {})},
+            "files": files,
+        }
+        write_text(work / NAME, manifests.render(manifests.seal(content)))
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(fresh, target)
+    return read_final(workdir)
+
+
+def expected(stage: str, config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Leaf name to shape of the weights that a stage ends with."""
+    if stage == "expert":
+        return slices.expected_slice(config)
+    one = {
+        f"experts/{name}": jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[1:]), x.dtype)
+        for name, x in slices.expected_slice(config).items()
+    }
+    return {**one, **{f"shared/{n}": x for n, x in model_dir.expected_shared(config).items()}}
+
+
+def read_final(workdir: str | Path) -> Final:
+    """Reads W/final/final.json and checks every file beside it.
+
+    Raises:
+      CheckpointError: not there (the run has not ended), or changed since it was written.
+    """
+    folder = Path(workdir) / FINAL
+    if not (folder / NAME).is_file():
+        raise CheckpointError(
+            "The run has no final weights",
+            where=folder,
+            fix="finish it with the same `flexolmo train` command, or name its workdir",
+        )
+    try:
+        text = (folder / NAME).read_text(encoding="utf-8")
+        value = json.loads(text)
+        whole = isinstance(value, dict) and set(value) == KEYS and value == manifests.seal(value)
+    except (ValueError, RecursionError):
+        whole, text, value = False, "", {}
+    if not whole or text != manifests.render(value):
+        raise CheckpointError("final.json was changed or is of another version", where=folder)
+    problems = check_files(folder, value["files"], ignore=[NAME])
+    if problems:
+        raise CheckpointError(
+            "The final weights were changed", got="; ".join(map(str, problems)), where=folder
+        )
+    config = manifests.parse_config(value["model"])
+    if not isinstance(config, ModelConfig):
+        raise CheckpointError("final.json holds no usable model", got=config, where=folder)
+    same = ("stage", "expert_id", "anchor_digest", "tokenizer_digest", "training", "recipe")
+    return Final(path=folder, config=config, **{key: value[key] for key in same})
+
+
+def read_params(final: Final) -> trees.Tree:
+    """The weights in W/final as numpy arrays."""
+    saved = checkpoint.read_metadata(final.path / PARAMS)
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, saved[name].dtype if name in saved else x.dtype)
+        for name, x in expected(final.stage, final.config).items()
+    }
+    return checkpoint.restore_tree(final.path / PARAMS, trees.unflatten(wanted))
+
+
+def package(
+    run_dir: str | Path, out: str | Path, data_card: str | Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Turns a finished run into a model directory (anchor) or a slice directory (expert).
+
+    Args:
+      data_card: what the training text was: an object, a text, or a file with one of the two.
+
+    Returns:
+      kind, path and digests of what was written.
+
+    Raises:
+      CheckpointError: the run has no final weights, or they were changed.
+      RefusedError: weights that `stitch` would refuse.
+    """
+    final = read_final(run_dir)
+    card = read_card(data_card)
+    recipe = without_paths(final.recipe)
+    params = read_params(final)
+    if final.stage == "anchor":
+        info = model_dir.write_model(
+            out,
+            final.config.replace(n_slots=1, n_active=1),
+            params["shared"],
+            slices.take_slot(params["experts"], 0),
+            final.path / TOKENIZER,
+            {**final.training, "recipe": recipe, "data_card": card},
+        )
+        digests = {"anchor_digest": info.anchor_digest, "model_digest": info.model_digest}
+        return {"kind": "model", "path": str(out), **digests}
+    piece = slices.write_slice(
+        out,
+        params,
+        expert=final.expert_id,
+        config=final.config,
+        anchor_digest=final.anchor_digest,
+        tokenizer_digest=final.tokenizer_digest,
+        training=final.training,
+        recipe=recipe,
+        data_card=card,
+    )
+    digests = {"anchor_digest": final.anchor_digest, "manifest_digest": piece.digest}
+    return {"kind": "slice", "expert": piece.expert, "path": str(out), **digests}
+
+
+def read_card(data_card: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """A data card as an object.
+
+    Raises:
+      ConfigError: a file that is meant to hold JSON and does not hold an object.
+    """
+    if data_card is None or isinstance(data_card, Mapping):
+        return dict(data_card or {})
+    path = Path(data_card)
+    is_file = len(data_card) < 4096 and "\n" not in data_card and path.is_file()
+    text = path.read_text(encoding="utf-8") if is_file else data_card
+    if not (is_file and path.suffix == ".json"):
+        return {"text": text.strip()}
+    try:
+        card = json.loads(text)
+    except ValueError as e:
+        raise ConfigError("The data card is not JSON", got=e, where=path) from e
+    if not isinstance(card, dict):
+        raise ConfigError(
+            "The data card must be a JSON object", got=type(card).__name__, where=path
+        )
+    return card
+
+
+def without_paths(value: Any) -> Any:
+    """A copy in which every text that is a path or URL keeps only its last part.
+
+    A recipe is collected from the run's configuration, so its paths say something about the
+    owner's machine; the data card is the owner's own text and is shipped as it is.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_paths(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(v) for v in value]
+    if isinstance(value, str) and PATH_LIKE.fullmatch(value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
