@@ -54,19 +54,19 @@ def default_root() -> Path:
     return Path(os.environ.get("FLEXOLMO_ASSETS") or Path(".cache") / "assets")
 
 
-def pins(path: Path = REQUIREMENTS) -> dict[str, tuple[str, str]]:
+def pins() -> dict[str, tuple[str, str]]:
     """Distribution name -> (version, sha256 in hex), as pinned.
 
     Raises:
       AssetError: a line that is not `name==version --hash=sha256:<64 hex digits>`.
     """
     out = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
         if not line.strip() or line.startswith("#"):
             continue
         match = re.fullmatch(r"([a-z0-9-]+)==([0-9.]+) --hash=sha256:([0-9a-f]{64})", line.strip())
         if match is None:
-            raise AssetError("Not a pinned requirement", got=line.strip(), where=path.name)
+            raise AssetError("Not a pinned requirement", got=line.strip(), where=REQUIREMENTS.name)
         out[match[1]] = (match[2], match[3])
     return out
 

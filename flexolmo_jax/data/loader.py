@@ -12,6 +12,8 @@ from flexolmo_jax.data.packing import PackedRows, Row, padding_row, stack
 from flexolmo_jax.data.shards import ShardSet, open_shards
 from flexolmo_jax.errors import ConfigError
 
+_ENDLESS_ROWS = 1 << 40
+
 
 def train_loader(
     data: DataConfig,
@@ -45,7 +47,9 @@ def train_loader(
         )
         # Each source gets a seed of its own, or equally long sources would be shuffled alike.
         source_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        datasets.append(grain.MapDataset.source(rows).seed(source_seed).shuffle().repeat())
+        # Endless for all purposes; a literal "forever" overflows the length of the mixture.
+        epochs = -(-_ENDLESS_ROWS // len(rows))
+        datasets.append(grain.MapDataset.source(rows).seed(source_seed).shuffle().repeat(epochs))
     mixed = grain.MapDataset.mix(datasets, weights=[s.weight for s in data.sources])
     batches = mixed.batch(data.batch_rows // host_count)
     # Batch h, h + H, h + 2H, … are the rows of host h: the hosts' batches in order are the whole.

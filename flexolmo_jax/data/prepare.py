@@ -122,21 +122,30 @@ def prepare(
         progress(f"kept {out}: {found['tokens']:,} tokens, verified")
         return found
     order = np.random.default_rng([seed, len(documents)]).permutation(len(documents))
-    loaded = tokenize.load(tokenizer)
     ordered = [documents[i] for i in order if documents[i].text]
-    sidecar = write_shards(
+    facts = {"source": label, "split": split, "recipe": recipe}
+    sidecar = _write(out, tokenizer, ordered, facts, progress)
+    progress(f"wrote {out}: {sidecar['documents']:,} documents, {sidecar['tokens']:,} tokens")
+    return sidecar
+
+
+def _write(
+    out: Path | str,
+    tokenizer: Path | str,
+    documents: Sequence[Document],
+    facts: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    loaded = tokenize.load(tokenizer)
+    return write_shards(
         out,
-        _encoded(loaded, ordered, progress),
+        _encoded(loaded, documents, progress),
         vocab_size=tokenize.vocab_size(loaded),
         tokenizer_digest=tokenize.digest(tokenizer),
         eos_id=tokenize.eos_id(loaded),
-        text_bytes=sum(len(d.text.encode()) for d in ordered),
-        source=label,
-        split=split,
-        recipe=recipe,
+        text_bytes=sum(len(d.text.encode()) for d in documents),
+        **facts,
     )
-    progress(f"wrote {out}: {sidecar['documents']:,} documents, {sidecar['tokens']:,} tokens")
-    return sidecar
 
 
 def _source(

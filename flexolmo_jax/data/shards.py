@@ -204,37 +204,22 @@ def write_shards(
     path = Path(path)
     if path.exists():
         raise ConfigError("The output exists", where=path, fix="remove it or choose another path")
-    width = 2 if vocab_size <= 1 << 16 else 4
+    facts = {
+        "text_bytes": text_bytes,
+        "vocab_size": vocab_size,
+        "tokenizer_digest": tokenizer_digest,
+        "eos_id": eos_id,
+        "source": source,
+        "split": split,
+        "recipe": dict(recipe or {}),
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as e:
         raise MachineError("The output cannot be written", got=e, where=path.parent) from e
     try:
-        checked = _checked(documents, vocab_size, eos_id)
-        lengths, files, bounds = _write_files(partial, checked, width, shard_tokens)
-        np.save(partial / LENGTHS, np.asarray(lengths, np.int64), allow_pickle=False)
-        info = {
-            "schema": SCHEMA,
-            "kind": "tokens",
-            "documents": len(lengths),
-            "tokens": sum(lengths),
-            "text_bytes": text_bytes,
-            "width": width,
-            "vocab_size": vocab_size,
-            "tokenizer_digest": tokenizer_digest,
-            "eos_id": eos_id,
-            "min_id": bounds[0],
-            "max_id": bounds[1],
-            "document_lengths_file": LENGTHS,
-            "document_lengths_digest": file_digest(partial / LENGTHS),
-            "files": files,
-            "source": source,
-            "split": split,
-            "recipe": dict(recipe or {}),
-        }
-        info["sidecar_digest"] = json_digest(info)
-        (partial / SIDECAR).write_text(canonical_json(info) + "\n", encoding="utf-8")
+        info = _fill(partial, documents, facts, shard_tokens)
         partial.chmod(0o755)
         os.rename(partial, path)
     except (OSError, RuntimeError) as e:  # the record writer raises RuntimeError on a full disk
@@ -243,6 +228,33 @@ def write_shards(
         ) from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return info
+
+
+def _fill(
+    folder: Path, documents: Iterable[np.ndarray], facts: Mapping[str, Any], shard_tokens: int
+) -> dict[str, Any]:
+    """Writes records, lengths and sidecar into an empty folder and returns the sidecar."""
+    vocab_size = facts["vocab_size"]
+    width = 2 if vocab_size <= 1 << 16 else 4
+    checked = _checked(documents, vocab_size, facts["eos_id"])
+    lengths, files, (low, high) = _write_files(folder, checked, width, shard_tokens)
+    np.save(folder / LENGTHS, np.asarray(lengths, np.int64), allow_pickle=False)
+    info = {
+        **facts,
+        "schema": SCHEMA,
+        "kind": "tokens",
+        "documents": len(lengths),
+        "tokens": sum(lengths),
+        "width": width,
+        "min_id": low,
+        "max_id": high,
+        "document_lengths_file": LENGTHS,
+        "document_lengths_digest": file_digest(folder / LENGTHS),
+        "files": files,
+    }
+    info["sidecar_digest"] = json_digest(info)
+    (folder / SIDECAR).write_text(canonical_json(info) + "\n", encoding="utf-8")
     return json.loads(canonical_json(info))
 
 

@@ -53,11 +53,24 @@ def _read_file(path: Path, name: str) -> Iterator[Entry]:
         else:
             rows = _jsonl(path, kind)
         for number, text in rows:
+            if not _encodable(text):
+                raise DataError(
+                    "Text with half a surrogate pair, which no encoding can write",
+                    where=f"{path}, line or row {number}",
+                )
             if text.strip():
                 # The text is its own group: copies of it land in one split.
                 yield Entry(f"{name}:{number}", text, text)
     except (UnicodeDecodeError, EOFError, OSError) as e:
         raise DataError("The file cannot be read as text", got=str(e), where=path) from e
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager
