@@ -28,6 +28,9 @@ LEAF_PART = re.compile(r"[A-Za-z0-9_-]{1,63}")
 MARKER, METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
 # What Orbax, tensorstore and zstd raise on damaged files; nothing else is expected of them.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError)
+# What Orbax logs needlessly: what is as we asked for, and tracebacks of errors that it also raises.
+NOISE = ("Skipping merge of OCDBT", "Metadata file does not exist", "in background save thread")
+NOISE += ("Save Finalize thread",)
 
 
 def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -60,9 +63,7 @@ def to_host(leaf: Any) -> Any:
 
 
 def _wanted(record: logging.LogRecord) -> bool:
-    # Two things that Orbax warns of are as we asked for: no database to merge, no clock per item.
-    text = str(record.msg)
-    return "Skipping merge of OCDBT" not in text and "Metadata file does not exist" not in text
+    return not any(text in str(record.msg) for text in NOISE)
 
 
 @contextlib.contextmanager
@@ -207,8 +208,6 @@ def restore_tree(
     return jax.tree.unflatten(treedef, [restored[name] for name in leaves])
 
 
-# ---------------------------------------------------------------- training runs
-
 DIGESTS = "digests.json"
 # Orbax writes these two last, after the digests; `_seal` adds them to the list.
 LATE = (MARKER, METADATA)
@@ -250,7 +249,7 @@ class RunCheckpoints:
         self.directory = Path(directory).absolute()
         self._every, self._keep, self._period = every, keep, keep_period
         self._manager: ocp.CheckpointManager | None = None
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="leaf-digests")
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
         self._pending: tuple[int, concurrent.futures.Future] | None = None
 
     def due(self, step: int) -> bool:
@@ -288,8 +287,9 @@ class RunCheckpoints:
                 name: leaf.copy() if isinstance(leaf, np.ndarray) else to_host(leaf)
                 for name, leaf in named_leaves(state)[0].items()
             }
-            self._pending = (step, self._pool.submit(_describe, leaves))
-            self._open().save(
+            manager, pool = self._open()
+            self._pending = (step, pool.submit(_describe, leaves))
+            manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(trees.unflatten(leaves)),
@@ -308,10 +308,14 @@ class RunCheckpoints:
         if self._manager is None:
             return
         with _write_errors(self.directory):
-            self._manager.wait_until_finished()
-            if self._pending is None:
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                # A save that failed is reported once and must not be taken for a later one.
+                pending, self._pending = self._pending, None
+            if pending is None:
                 return
-            step, self._pending = self._pending[0], None
+            step = pending[0]
             if not (self.directory / str(step) / DIGESTS).is_file():
                 raise OSError(f"step {step} did not reach the disk")
             if jax.process_index() == 0:
@@ -326,10 +330,11 @@ class RunCheckpoints:
         try:
             self.wait()
         finally:
-            self._pool.shutdown()
-            if self._manager is not None:
+            if self._manager is not None and self._pool is not None:
                 self._manager.close()
-                self._manager = None
+                self._pool.shutdown()
+                logging.getLogger("absl").removeFilter(_wanted)
+            self._manager = self._pool = None
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -402,8 +407,10 @@ class RunCheckpoints:
         problems = check_files(folder, digests["files"], ignore=[DIGESTS, *late])
         return [dataclasses.replace(p, path=f"{step}/{p.path}") for p in problems]
 
-    def _open(self) -> ocp.CheckpointManager:
-        if self._manager is None:
+    def _open(self) -> tuple[ocp.CheckpointManager, concurrent.futures.ThreadPoolExecutor]:
+        if self._manager is None or self._pool is None:
+            logging.getLogger("absl").addFilter(_wanted)
+            self._pool = concurrent.futures.ThreadPoolExecutor(1)
             self.directory.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None,  # `wait` deletes, and only after a newer step is complete
@@ -419,7 +426,7 @@ class RunCheckpoints:
                     "meta": ocp.JsonCheckpointHandler(),
                 },
             )
-        return self._manager
+        return self._manager, self._pool
 
     def _write_digests(self) -> None:
         """Runs in Orbax's thread on the first host: all is written, the rename comes next."""
@@ -444,10 +451,8 @@ class RunCheckpoints:
         if jax.process_index() != 0 or not folder.exists():
             return
         target = self.directory / f"damaged-{step}"
-        count = 1
         while target.exists():
-            count += 1
-            target = self.directory / f"damaged-{step}.{count}"
+            target = target.with_name(target.name + "+")
         os.replace(folder, target)
         if self._manager is not None:
             self._manager.reload()
