@@ -211,6 +211,19 @@ def curve_charts(curves: Json, closed: Sequence[str]) -> list[Markup]:
     return out
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a result file.
+
+    Raises:
+      DataError: it is not there, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        fix = "run the same command again; it does what is missing"
+        raise DataError("A result cannot be read", got=error, where=path, fix=fix) from error
+
+
 def read_curve(path: Path) -> dict[str, list[float]]:
     """Step and loss from a metrics.jsonl; a last line cut off by a kill is left out."""
     curve: dict[str, list[float]] = {"step": [], "loss": []}

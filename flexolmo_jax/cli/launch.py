@@ -10,7 +10,6 @@ import shlex
 from typing import Any
 
 from flexolmo_jax import configfile
-from flexolmo_jax.errors import MachineError, Preempted
 from flexolmo_jax.jobs import local, progress
 
 BACKENDS = ("local",)
@@ -37,23 +36,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{action:4}  {job.name}: {shlex.join(job.command)}")
         return {"plan": plan.to_json(), "actions": {j.name: a for j, a in steps}}
     results = local.run(plan, max_parallel=args.max_parallel, report=progress.Printer(plan))
-    raise_on_failure(plan, results)
+    problems = local.failure_text(plan, results)
+    if problems:
+        print(problems)
+    local.raise_on_failure(results)
     return {"plan": plan.to_json(), "jobs": [dataclasses.asdict(r) for r in results]}
-
-
-def raise_on_failure(plan: Any, results: list[local.JobResult]) -> None:
-    """Turns jobs that did not finish into one error that names them.
-
-    Raises:
-      Preempted: a job saved its state and stopped; the same command goes on.
-      MachineError: a job failed.
-    """
-    bad = [r for r in results if r.status in ("failed", "preempted")]
-    if not bad:
-        return
-    print(local.failure_text(plan, results))
-    names = ", ".join(r.name for r in bad)
-    fix = "see the log above; the same command runs only what is missing"
-    if all(r.status == "preempted" for r in bad):
-        raise Preempted("Jobs were preempted after saving", got=names, fix="run the same again")
-    raise MachineError("Jobs of the plan failed", got=names, where=bad[0].log, fix=fix)

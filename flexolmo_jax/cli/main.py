@@ -9,21 +9,19 @@ its result as a dict (or None). Only the module of the chosen subcommand is impo
 import argparse
 import errno
 import importlib
-import importlib.metadata
 import importlib.util
-import json
 import os
-import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import flexolmo_jax
+from flexolmo_jax import results
 from flexolmo_jax.errors import ConfigError, FlexOlmoError, MachineError, nearest
+from flexolmo_jax.results import write_json
 
-SCHEMA = 1
 # In the order in which a user meets them; one is listed as soon as its module exists.
 COMMANDS = {
     "demo": "the main job: data, anchor, experts, stitch, opt-out, report",
@@ -45,7 +43,6 @@ COMMANDS = {
     "audit": "privacy tests",
     "forget": "remove an expert for good, with a receipt",
 }
-VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 EXTRAS = "pip install 'flexolmo-jax[demo]'"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 FILE_FAULTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -101,37 +98,10 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and the packages that results depend on."""
-    out = {"python": platform.python_version(), "flexolmo_jax": flexolmo_jax.__version__}
-    for name in VERSIONED:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = "not installed"
-    return out
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a result file at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def result_file(command: str, args: argparse.Namespace, result: Any, seconds: float) -> dict:
     """The result of a subcommand with the keys that every result file has."""
     options = {k: v for k, v in vars(args).items() if k not in ("json", "debug")}
-    frame = {
-        "schema": SCHEMA,
-        "command": command,
-        "versions": versions(),
-        "config": json.loads(json.dumps(options, default=str)),
-        "digests": {},
-        "seconds": round(seconds, 3),
-    }
-    return {**frame, **(result or {})}
+    return results.frame(command, options, result, seconds)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any, argparse.Namespace]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flexolmo_jax.errors import ConfigError, MachineError
+from flexolmo_jax.errors import ConfigError, MachineError, Preempted
 from flexolmo_jax.jobs import stamps
 from flexolmo_jax.jobs.plan import Job, Plan, order
 
@@ -159,9 +159,10 @@ class _Runner:
             return
         log = log_path(self.plan, job)
         log.parent.mkdir(parents=True, exist_ok=True)
-        Path(job.workdir).mkdir(parents=True, exist_ok=True)
         digest = stamps.job_digest(job)
+        # Before the directory is made: it may be among what an older job left behind.
         stamps.prepare(self.plan, job, digest)
+        Path(job.workdir).mkdir(parents=True, exist_ok=True)
         try:
             with log.open("w", encoding="utf-8") as out:
                 process = subprocess.Popen(
@@ -290,3 +291,20 @@ def failure_text(plan: Plan, results: list[JobResult]) -> str:
     if blocked:
         parts.append("not run, since they need a job that failed: " + ", ".join(blocked))
     return "\n\n".join(parts)
+
+
+def raise_on_failure(results: list[JobResult]) -> None:
+    """Turns jobs that did not finish into one error that names them.
+
+    Raises:
+      Preempted: a job saved its state and stopped; the same command goes on.
+      MachineError: a job failed.
+    """
+    bad = [r for r in results if r.status in ("failed", "preempted")]
+    if not bad:
+        return
+    names = ", ".join(r.name for r in bad)
+    if all(r.status == "preempted" for r in bad):
+        raise Preempted("Jobs were preempted after saving", got=names, fix="run the same again")
+    fix = "see the log; the same command then runs only what is missing"
+    raise MachineError("Jobs of the plan failed", got=names, where=bad[0].log, fix=fix)
