@@ -10,6 +10,7 @@ import argparse
 import errno
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import time
@@ -164,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flexolmo {flexolmo_jax.__version__}")
         return 0
     debug = "--debug" in argv
+    # Progress goes to the screen; results go to --json.
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("flexolmo").setLevel(logging.DEBUG if debug else logging.INFO)
     if not debug:
         sys.excepthook = report_fault
     try:
