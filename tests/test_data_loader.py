@@ -9,13 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+from data_helpers import EOS, VOCAB, write
 
 from flexolmo_jax.config import DataConfig, SourceConfig
 from flexolmo_jax.data.loader import heldout_batches, row_choice, train_loader
 from flexolmo_jax.data.packing import PackedRows
 from flexolmo_jax.data.shards import open_shards
 from flexolmo_jax.errors import ConfigError, DataError
-from tests.test_data_shards import EOS, VOCAB, write
 
 WEIGHTS = (0.5, 0.3, 0.2)
 NEXT = """

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed rows: each token but a document's first predicted once, segments exact, no token lost."""
+"""Packed rows: each token but a first one predicted once, segments exact, nothing lost."""
 
 import numpy as np
 import pytest
+from data_helpers import EOS, make_documents, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.data.packing import PackedRows, padding_row, stack
 from flexolmo_jax.data.shards import ShardSet, open_shards
 from flexolmo_jax.errors import ConfigError
-from tests.test_data_shards import EOS, make_documents, write
 
 
 class InMemory:
