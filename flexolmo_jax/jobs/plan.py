@@ -147,20 +147,16 @@ def _check_outputs(plan: Plan) -> None:
 def _check_isolation(plan: Plan) -> None:
     """An owner's job must not even learn the path of another owner's closed data."""
     for job in plan.jobs:
-        if not job.owner:
-            continue
+        barred = [p for o, paths in plan.closed.items() if o != job.owner for p in paths]
         visible = (*job.command, *job.inputs, job.workdir, *job.env.values())
-        for owner, paths in plan.closed.items():
-            if owner == job.owner:
-                continue
-            for path in paths:
-                if any(_mentions(text, path) for text in visible):
-                    raise ConfigError(
-                        "A job would see closed data of another owner",
-                        got=path,
-                        where=f"{plan.name}:{job.name}",
-                        fix=f"a job of {job.owner!r} may read its own data and public data only",
-                    )
+        seen = [p for p in barred if any(_mentions(text, p) for text in visible)]
+        if job.owner and seen:
+            raise ConfigError(
+                "A job would see closed data of another owner",
+                got=", ".join(seen),
+                where=f"{plan.name}:{job.name}",
+                fix=f"a job of {job.owner!r} may read its own data and public data only",
+            )
 
 
 def _mentions(text: str, path: str) -> bool:
