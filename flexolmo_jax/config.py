@@ -216,21 +216,27 @@ class ExecConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RouterInitConfig:
-    """Where a router row starts (paper section 3.3.1; FLEXOLMO notes 2.3).
+    """Where router rows and biases start (paper section 3.3.1; FLEXOLMO notes 2.3).
 
     Attributes:
-      method: "hidden_mean" is the anchor's own mean hidden state per layer, on the owner's text
-        minus on public text; "embedding" projects the mean document embedding to d_model with a
-        fixed seeded orthogonal matrix and repeats it over layers; "random" is a small normal.
+      method: "embedding" (the paper) projects the mean document embedding to d_model with a fixed
+        seeded orthogonal matrix and repeats it over layers; "hidden_mean" is the anchor's own mean
+        hidden state per layer on the owner's text less that on public text, and 0 for the public
+        row; "zeros" lets training find the row; "random" is the paper's control.
       embedder: "hashed" (n-gram hashing, no assets) or "minilm" (all-MiniLM-L6-v2 asset).
-      documents: documents averaged.
-      norm: Euclidean norm that each row is scaled to; 0 leaves it as computed.
+      documents: documents averaged, of each kind of text.
+      norm: Euclidean norm that a row is scaled to; 0 leaves it as computed.
+      bias: raw expert bias; the effective bias is -softplus of it.
     """
 
-    method: Literal["hidden_mean", "embedding", "random"] = "embedding"
+    method: Literal["embedding", "hidden_mean", "zeros", "random"] = "embedding"
     embedder: Literal["hashed", "minilm"] = "hashed"
     documents: int = 1000
     norm: float = 0.0
+    bias: float = -4.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "documents")
 
 
 @dataclasses.dataclass(frozen=True)

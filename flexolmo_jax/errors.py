@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every error that a user can meet: one base class and its named subclasses.
 
-An error says what is wrong, what was found, what was expected, where, and what to do. The class decides
-the exit code of the command line (COMMANDS contract): 2 usage or configuration, 3 refused input,
-4 a fault of the machine, 75 preempted after saving.
+An error says what is wrong, what was found, what was expected, where, and what to do. The class
+decides the exit code of the command line: 2 usage or configuration, 3 refused input, 4 a fault of
+the machine, 75 preempted after saving.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ class Problem:
 
 
 class RefusedError(FlexOlmoError):
-    """Parts that do not belong together, or do not hold what they claim; carries every problem found."""
+    """Parts that do not belong together or are not what they claim; carries every problem found."""
 
     exit_code = 3
 
@@ -97,7 +97,7 @@ class AssetError(FlexOlmoError):
 
 
 class TrainingError(FlexOlmoError):
-    """Training that had to stop: non-finite values several steps in a row, or a frozen leaf that moved."""
+    """Training that had to stop: not finite several steps in a row, or a frozen leaf that moved."""
 
     exit_code = 3
 
@@ -108,14 +108,14 @@ class MachineError(FlexOlmoError):
     exit_code = 4
 
 
-class Preempted(FlexOlmoError):
+class Preempted(FlexOlmoError):  # noqa: N818 (an outcome rather than an error)
     """The run was told to stop, saved its state, and can be started again with the same command."""
 
     exit_code = 75
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Returns a hint naming the valid choice closest to `name`, and all choices if none is close."""
+    """Returns a hint naming the valid choice closest to `name`, or all choices if none is close."""
     choices = sorted(valid)
     close = difflib.get_close_matches(name, choices, n=1)
     return f"did you mean {close[0]!r}?" if close else "valid: " + ", ".join(choices)

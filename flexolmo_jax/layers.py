@@ -49,9 +49,7 @@ def attention(
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     scores = jnp.where(mask_BTS[:, None, None], scores * H**-0.5, NEG_INF)
     # A padding token sees nothing: give its row a finite softmax instead of NaN.
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), -1e30)
@@ -61,13 +59,15 @@ def attention(
     return out.reshape(B, T, N, H)
 
 
-def swiglu(x: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array) -> jax.Array:
+def swiglu(
+    x: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array
+) -> jax.Array:
     """silu(x · w_gate) * (x · w_up), then · w_down."""
     return (jax.nn.silu(x @ w_gate_DF) * (x @ w_up_DF)) @ w_down_FD
 
 
 def document_positions(segments_BT: jax.Array) -> jax.Array:
-    """Position of each token inside its document; documents of a row are numbered in `segments_BT`."""
+    """Position of each token inside its document (a run of equal numbers in `segments_BT`)."""
     T = segments_BT.shape[1]
     index_T = jnp.arange(T, dtype=jnp.int32)
     new_BT = document_starts(segments_BT)

@@ -33,7 +33,9 @@ EXPERT_AXES = {
 }
 
 
-def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], fill: float | None = None):
+def _param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], fill: float | None = None
+):
     """A float32 parameter: a constant, or a normal of std 0.02 cut at three deviations (OLMo 2)."""
     if fill is not None:
         return nnx.Param(jnp.full(shape, fill, jnp.float32), axes=axes)
@@ -106,9 +108,7 @@ class FlexOlmo(nnx.Module):
         """Logits [B, T, V] in float32; keyword arguments as in `forward`."""
         params = nnx.to_pure_dict(nnx.state(self))
         run = kwargs.pop("runtime", Runtime(dispatch="dense"))
-        out = forward(
-            self.config, run, params["shared"], (params["experts"],), tokens_BT, **kwargs
-        )
+        out = forward(self.config, run, params["shared"], (params["experts"],), tokens_BT, **kwargs)
         return unembed(self.config, params["shared"], out.hidden_BTD)
 
 
@@ -261,10 +261,7 @@ def forward(
 def unembed(config: ModelConfig, shared: tree.Tree, hidden_BTD: jax.Array) -> jax.Array:
     """Logits [B, T, V] in float32."""
     with jax.named_scope("unembed"):
-        if config.tied_embeddings:
-            w_DV = shared["embed"]["embedding"].T
-        else:
-            w_DV = shared["unembed"]
+        w_DV = shared["embed"]["embedding"].T if config.tied_embeddings else shared["unembed"]
         return jnp.einsum(
             "BTD,DV->BTV",
             hidden_BTD,
@@ -374,9 +371,7 @@ def _mixture(
     routing = router.route(
         logits_BTE, n_active, allowed_BE=allowed_BE, renormalize=config.router.renormalize
     )
-    weights = [
-        {name: g[name].astype(x_BTD.dtype) for name in moe.WEIGHTS} for g in groups
-    ]
+    weights = [{name: g[name].astype(x_BTD.dtype) for name in moe.WEIGHTS} for g in groups]
     y_BTD = moe.mixture(
         x_BTD,
         weights,

@@ -68,7 +68,9 @@ def mixture(
             got=f"{len(groups)} groups with dispatch {dispatch!r}",
             fix="use exec.moe=dense where frozen and trainable experts stand side by side",
         )
-    run = functools.partial(_sorted, kernel={"blocked": _blocked_ffn, "ragged": _ragged_ffn}[dispatch])
+    run = functools.partial(
+        _sorted, kernel={"blocked": _blocked_ffn, "ragged": _ragged_ffn}[dispatch]
+    )
     weights = tuple(groups[0][name] for name in WEIGHTS)
     if mesh is None or mesh.size == 1:
         return run(x_BTD, routing.index_BTA, routing.weight_BTA, *weights)
@@ -91,7 +93,7 @@ def mixture(
 def _dense(
     x_BTD: jax.Array, groups: Sequence[Group], routing: Routing, all_active: bool
 ) -> jax.Array:
-    """Every slot on every token. Selected on both sides: forward and backward ignore other slots."""
+    """Every slot on every token, selected before and after: other slots change nothing."""
     combine_BTE = routing.combine_BTE
     y_BTD = jnp.zeros(x_BTD.shape, jnp.float32)
     slot = 0

@@ -22,7 +22,9 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     def walk(prefix: str, node: Mapping[str, Any]) -> None:
         for key, value in node.items():
             if "/" in key:
-                raise CheckpointError("A key of a tree contains '/'", got=key, where=prefix or "root")
+                raise CheckpointError(
+                    "A key of a tree contains '/'", got=key, where=prefix or "root"
+                )
             name = f"{prefix}/{key}" if prefix else key
             if isinstance(value, Mapping):
                 walk(name, value)

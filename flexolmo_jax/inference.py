@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model directory opened for evaluation or generation, and what the two commands do with it."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexolmo_jax import evaluate, model, sample, tree
+from flexolmo_jax.config import ExecConfig, ModelConfig
+from flexolmo_jax.data import loader, shards, tokenize
+from flexolmo_jax.errors import ConfigError, DataError, nearest
+from flexolmo_jax.experts import model_dir, policy
+
+logger = logging.getLogger("flexolmo")
+TASKS = ("bpb",)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """A model in memory.
+
+    Attributes:
+      slots: expert id to slot, of the experts that were opened.
+      group: every slot stacked; slots that were not opened hold zeros and are never allowed.
+    """
+
+    info: model_dir.ModelInfo
+    runtime: model.Runtime
+    slots: dict[str, int]
+    shared: tree.Tree
+    group: tree.Tree
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.info.config
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer."""
+        return tokenize.load(self.info.tokenizer_path)
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text of each token id."""
+        known = tokenize.token_byte_lengths(self.tokenizer)
+        return np.pad(known, (0, self.config.vocab_size - len(known)))
+
+    def allowed(
+        self, allow: Iterable[str] | None = None, deny: Iterable[str] | None = None
+    ) -> np.ndarray:
+        """Boolean [n_slots] of one request (see `policy.allowed_slots`)."""
+        return policy.allowed_slots(self.slots, self.config.n_slots, allow=allow, deny=deny)
+
+
+def open_model(
+    path: Path | str,
+    *,
+    allow: Collection[str] | None = None,
+    deny: Collection[str] | None = None,
+    exec_config: ExecConfig = ExecConfig(compute_dtype="float32"),
+) -> OpenModel:
+    """Loads and verifies a model; no byte of an expert that is not allowed is opened."""
+    info = model_dir.read_info(path)
+    mask = policy.allowed_slots(info.slots, info.config.n_slots, allow=allow, deny=deny)
+    wanted = [expert for expert, slot in info.slots.items() if mask[slot]]
+    info, params, opened = model_dir.load_model(path, experts=wanted)
+    c = info.config
+    params = jax.device_put(params)
+    return OpenModel(
+        info=info,
+        runtime=model.Runtime.resolve(exec_config, c.n_slots, c.n_active),
+        slots={expert: info.slots[expert] for expert in opened},
+        shared=params["shared"],
+        group=params["experts"],
+    )
+
+
+def heldout_sets(data: Path | str, split: str = "heldout") -> dict[str, Path]:
+    """Domain to token-shard directory under `data` ("<domain>/heldout", or "<domain>" itself).
+
+    Raises:
+      DataError: nothing there.
+    """
+    root = Path(data)
+    if shards.is_shard_dir(root):
+        return {root.parent.name if root.name == split else root.name: root}
+    found = {}
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        for candidate in (folder / split, folder):
+            if shards.is_shard_dir(candidate):
+                found[folder.name] = candidate
+                break
+    if not found:
+        raise DataError(
+            "No token shards to evaluate on",
+            where=root,
+            expected=f"<domain>/{split}/tokens.json",
+            fix="write them with flexolmo prepare",
+        )
+    return found
+
+
+def score_domain(
+    m: OpenModel,
+    path: Path,
+    *,
+    allowed: np.ndarray,
+    n_active: int | None = None,
+    n_rows: int = 0,
+    batch_rows: int = 16,
+) -> evaluate.Score:
+    """Bits per byte and routing on one token-shard directory."""
+    batches = loader.heldout_batches(
+        path,
+        batch_rows,
+        seq_len=m.config.max_len,
+        n_rows=n_rows,
+        tokenizer_digest=m.info.tokenizer_digest,
+        vocab_size=m.config.vocab_size,
+    )
+    return evaluate.score_text(
+        m.config,
+        m.runtime,
+        m.shared,
+        (m.group,),
+        batches,
+        m.token_bytes,
+        allowed=allowed,
+        n_active=n_active,
+    )
+
+
+def evaluate_model(
+    path: Path | str,
+    data: Path | str,
+    *,
+    allow: Collection[str] | None = None,
+    deny: Collection[str] | None = None,
+    active: int | None = None,
+    tasks: Sequence[str] = TASKS,
+    n_rows: int = 0,
+) -> dict[str, Any]:
+    """Result of `flexolmo eval`: bits per byte and routing shares per domain."""
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError("Unknown task", got=task, fix=nearest(task, TASKS))
+    m = open_model(path, allow=allow, deny=deny)
+    allowed = m.allowed()
+    n_active = _active(m, active, allowed)
+    names = sorted(m.slots, key=lambda expert: m.slots[expert])
+    out: dict[str, Any] = {
+        "allowed": names,
+        "active": n_active,
+        "bpb": {},
+        "routing": {},
+        "digests": {"model": m.info.model_digest, "anchor": m.info.anchor_digest},
+    }
+    for domain, where in heldout_sets(data).items():
+        score = score_domain(m, where, allowed=allowed, n_active=n_active, n_rows=n_rows)
+        out["bpb"][domain] = score.summary()
+        out["routing"][domain] = shares(score, m.slots)
+        logger.info("%-12s %.4f bits per byte", domain, score.bits_per_byte)
+    return out
+
+
+def _active(m: OpenModel, active: int | None, allowed: np.ndarray) -> int:
+    wanted = m.config.n_active if active is None else active
+    if not 1 <= wanted <= m.config.n_slots:
+        raise ConfigError(
+            "The number of active experts does not fit the model",
+            got=wanted,
+            expected=f"1..{m.config.n_slots}",
+            where="--active",
+        )
+    return policy.clamp_active(wanted, allowed)
+
+
+def shares(score: evaluate.Score, slots: Mapping[str, int]) -> dict[str, float]:
+    """Expert to its share of the mixture, mean over tokens and layers."""
+    weight_E = score.weight_LE.sum(0)
+    return {expert: float(weight_E[slot] / weight_E.sum()) for expert, slot in slots.items()}
+
+
+def layer_shares(score: evaluate.Score, slots: Mapping[str, int]) -> list[dict[str, float]]:
+    """The same per layer."""
+    return [
+        {expert: float(row[slot] / row.sum()) for expert, slot in slots.items()}
+        for row in score.weight_LE
+    ]
+
+
+def generate_text(
+    m: OpenModel,
+    prompts: Sequence[str],
+    *,
+    allowed: np.ndarray | None = None,
+    active: int | None = None,
+    sampling: sample.SampleConfig = sample.SampleConfig(),
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Continues prompts; `allowed` is [n_slots], or [prompts, n_slots] for a set per prompt."""
+    allowed = m.allowed() if allowed is None else np.asarray(allowed, bool)
+    allowed_BE = np.broadcast_to(allowed, (len(prompts), m.config.n_slots))
+    if sampling.eos_id < 0:
+        sampling = dataclasses.replace(sampling, eos_id=tokenize.eos_id(m.tokenizer))
+    ids = [tokens.tolist() for tokens in tokenize.encode_batch(m.tokenizer, list(prompts))]
+    answers = sample.generate(
+        m.config,
+        m.runtime,
+        m.shared,
+        (m.group,),
+        ids,
+        allowed_BE=allowed_BE,
+        n_active=_active(m, active, allowed_BE),
+        sampling=sampling,
+        key=jax.random.key(seed),
+    )
+    return [
+        {
+            "prompt": prompt,
+            "text": m.tokenizer.decode(answer.ids),
+            "ids": answer.ids,
+            "tokens_per_expert": {
+                expert: round(float(answer.tokens_per_slot[slot]), 3)
+                for expert, slot in m.slots.items()
+            },
+        }
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one training job: a visible loop that resumes from its workdir alone."""
+
+import dataclasses
+import functools
+import json
+import logging
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from flexolmo_jax import evaluate, job, metrics, sharding, stages, step, tree
+from flexolmo_jax.checkpoint import RunCheckpoints
+from flexolmo_jax.config import RunConfig, SourceConfig
+from flexolmo_jax.data import loader
+from flexolmo_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError
+from flexolmo_jax.experts import package, router_init
+from flexolmo_jax.experts import slice as slices
+
+logger = logging.getLogger("flexolmo")
+
+# A step that is not finite changes nothing; this many in a row mean that the run has diverged.
+MAX_SKIPPED = 3
+# Settings that change no bit of the result, so a resumed run may have others.
+FREE_KEYS = ("log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
+
+
+def fit(config: RunConfig, workdir: Path) -> dict[str, Any]:
+    """Runs the job to its last step and writes `final/`; called again, it goes on where it stopped.
+
+    Returns:
+      a summary: steps, tokens, seconds of this call, the last metrics.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, RefusedError: before the first step.
+      TrainingError: the run diverged, or a frozen leaf moved.
+      Preempted: told to stop (SIGTERM); the state is saved.
+    """
+    workdir = Path(workdir).absolute()
+    _refuse_other(workdir, config)
+    if (workdir / "summary.json").exists():
+        logger.info("finished already: %s", workdir)
+        return json.loads((workdir / "summary.json").read_text())
+    began = time.time()
+    j = job.build(config)
+    frozen_before = tree.digests(j.frozen)
+    data = loader.train_loader(
+        config.data,
+        tokenizer_digest=j.tokenizer_digest,
+        vocab_size=j.model.vocab_size,
+        seed=config.seed,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    with RunCheckpoints(
+        workdir / "checkpoints", config.checkpoint_every, config.keep_checkpoints
+    ) as checkpoints:
+        iterator = iter(data)
+        state = _restore(j, checkpoints, iterator)
+        run = Loop(j, workdir, checkpoints, iterator, state)
+        run.to_the_end()
+    if tree.digests(j.frozen) != frozen_before:
+        raise TrainingError("A frozen leaf changed during training", where=workdir)
+    summary = {
+        "steps": config.optim.last_step,
+        "tokens": config.optim.last_step * config.data.batch_rows * config.data.seq_len,
+        "seconds": round(time.time() - began, 3),
+        "last": run.last,
+    }
+    _finish(j, run.state, workdir, summary)
+    return summary
+
+
+def _refuse_other(workdir: Path, config: RunConfig) -> None:
+    """Refuses a workdir whose run was started with settings that give other results."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    # Through JSON, where tuples and lists are the same.
+    mine = json.loads(json.dumps(dataclasses.asdict(config)))
+    theirs = json.loads(path.read_text())
+    changed = [
+        f"{key} was {theirs.get(key)!r}, is {mine.get(key)!r}"
+        for key in sorted({*mine, *theirs} - {"exec", *FREE_KEYS})
+        if mine.get(key) != theirs.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            "The workdir belongs to a run with another configuration",
+            got="; ".join(changed),
+            where=path,
+            fix="choose another workdir, or repeat the configuration that it was started with",
+        )
+
+
+def _restore(j: job.Job, checkpoints: RunCheckpoints, iterator: grain.DatasetIterator) -> Any:
+    """The newest verified state with the data iterator set to it, or a fresh start."""
+    restored = checkpoints.restore_latest(j.abstract_state)
+    if restored is None:
+        return j.initial_state()
+    for problem in restored.skipped:
+        logger.warning("damaged checkpoint passed over: %s", problem)
+    wanted = j.anchor.anchor_digest if j.anchor else None
+    if restored.meta["anchor_digest"] != wanted:
+        raise CheckpointError(
+            "The checkpoint was trained beside another anchor",
+            got=restored.meta["anchor_digest"],
+            expected=wanted,
+            where=checkpoints.directory,
+        )
+    iterator.set_state(restored.meta["iterator"])
+    logger.info("resumed at step %d", restored.step)
+    return restored.state
+
+
+class Loop:
+    """The training loop with what it carries from step to step."""
+
+    def __init__(
+        self,
+        j: job.Job,
+        workdir: Path,
+        checkpoints: RunCheckpoints,
+        iterator: grain.DatasetIterator,
+        state: Any,
+    ):
+        self.job, self.state, self.last = j, state, {}
+        self._checkpoints, self._iterator = checkpoints, iterator
+        self._done = int(state["step"])
+        self._skipped = 0
+        self._writer = metrics.MetricsWriter(workdir, last_step=self._done)
+        self._clock = _Clock(j, self._done)
+        self._stop = threading.Event()
+        self._step = jax.jit(
+            functools.partial(
+                step.train_step, j.model, j.runtime, j.config.stage, j.config.optim, j.optimizer
+            ),
+            donate_argnums=0,
+        )
+
+    def to_the_end(self) -> None:
+        """Runs all remaining steps; the metrics of a step are read while the next one computes."""
+        config = self.job.config
+        previous = signal.SIG_DFL
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main:
+            previous = signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
+        pending = None
+        try:
+            while self._done < config.optim.last_step and not self._stop.is_set():
+                batch = self._next_batch()
+                with jax.transfer_guard("disallow"):
+                    self.state, new = self._step(self.state, self.job.frozen, batch)
+                self._done += 1
+                if pending is not None:
+                    self._report(*pending)
+                pending = (self._done, new)
+                if config.eval_every and self._done % config.eval_every == 0:
+                    self._writer.write(self._done, {"heldout": self._heldout()})
+                if self._checkpoints.due(self._done):
+                    self._save()
+            if pending is not None:
+                self._report(*pending)
+            self._save()
+            self._checkpoints.wait()
+        finally:
+            self._writer.close()
+            if in_main:
+                signal.signal(signal.SIGTERM, previous)
+        if self._done < config.optim.last_step:
+            raise Preempted(
+                "The run was told to stop and has saved its state",
+                where=f"step {self._done} of {config.optim.last_step}",
+                fix="start it again with the same command",
+            )
+
+    def _next_batch(self) -> dict[str, jax.Array]:
+        rows = sharding.batch_sharding(self.job.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(rows, np.asarray(value))
+            for name, value in next(self._iterator).items()
+        }
+
+    def _save(self) -> None:
+        meta = {
+            "iterator": self._iterator.get_state(),
+            "anchor_digest": self.job.anchor.anchor_digest if self.job.anchor else None,
+        }
+        self._checkpoints.save(self._done, self.state, meta)
+
+    def _report(self, number: int, new: dict[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(new).items()}
+        self._skipped = self._skipped + 1 if values["skipped"] else 0
+        if values["skipped"]:
+            logger.warning("step %d is not finite: its update was left out", number)
+        if self._skipped >= MAX_SKIPPED:
+            raise TrainingError(
+                f"{MAX_SKIPPED} steps in a row were not finite",
+                where=f"step {number}",
+                fix="lower the learning rate or look at the batches of these steps",
+            )
+        config = self.job.config
+        if number % config.log_every == 0 or number == config.optim.last_step:
+            values |= self._clock.tick(number)
+            self.last = {k: round(v, 6) for k, v in values.items()}
+            self._writer.write(number, self.last)
+            logger.info("%s", _line(number, config.optim.last_step, values))
+
+    def _heldout(self) -> dict[str, float]:
+        """Bits per byte of every held-out source with the weights of this step."""
+        j, config = self.job, self.job.config
+        shared, groups = stages.assemble(config.stage, self.state["params"], j.frozen)
+        out = {}
+        for source in config.data.heldout:
+            batches = loader.heldout_batches(
+                source.path,
+                rows=config.data.batch_rows,
+                seq_len=config.data.seq_len,
+                n_rows=config.eval_rows,
+                tokenizer_digest=j.tokenizer_digest,
+                vocab_size=j.model.vocab_size,
+            )
+            score = evaluate.score_text(j.model, j.runtime, shared, groups, batches, j.token_bytes)
+            out[_domain(source)] = round(score.bits_per_byte, 5)
+        logger.info("held-out bits per byte: %s", "  ".join(f"{k} {v:.3f}" for k, v in out.items()))
+        return out
+
+
+class _Clock:
+    """Speed since the last tick, and the time that the rest of the run will take."""
+
+    def __init__(self, j: job.Job, start: int):
+        config = j.config
+        self._tokens = config.data.batch_rows * config.data.seq_len
+        self._flops = stages.flops_per_token(j.model, config.stage, config.data.seq_len)
+        peak, self.source = metrics.peak_flops(j.mesh.devices.flat[0])
+        self._peak = peak * j.mesh.size
+        self._last_step, self._total = start, config.optim.last_step
+        self._time = time.perf_counter()
+        logger.info(
+            "MFU: %.3g model FLOPs per token (frozen parts have no weight gradient) over "
+            "%.3g FLOP/s (%s)",
+            self._flops,
+            self._peak,
+            self.source,
+        )
+
+    def tick(self, number: int) -> dict[str, float]:
+        now = time.perf_counter()
+        steps, seconds = number - self._last_step, now - self._time
+        self._last_step, self._time = number, now
+        speed = steps * self._tokens / max(seconds, 1e-9)
+        return {
+            "tokens_per_s": speed,
+            "mfu": speed * self._flops / self._peak,
+            "seconds_left": (self._total - number) * seconds / max(steps, 1),
+        }
+
+
+def _line(number: int, total: int, v: dict[str, float]) -> str:
+    parts = [
+        f"step {number}/{total}",
+        f"loss {v['loss']:.4f}",
+        f"grad {v['grad_norm']:.2f}",
+        f"{v['tokens_per_s'] / 1e3:.1f}k tok/s",
+        f"MFU {v['mfu']:.0%}",
+    ]
+    if "own_weight_on_own" in v:
+        own, public = v["own_weight_on_own"], v["own_weight_on_public"]
+        parts.append(f"own expert's weight: own text {own:.2f}, public {public:.2f}")
+    parts.append(f"{metrics.duration(v['seconds_left'])} left")
+    return "  ".join(parts)
+
+
+def _domain(source: SourceConfig) -> str:
+    """Name of a token-shard directory: …/code/heldout and …/code are both "code"."""
+    path = Path(source.path)
+    return path.parent.name if path.name in ("heldout", "train") else path.name
+
+
+def _finish(j: job.Job, state: Any, workdir: Path, summary: dict[str, Any]) -> None:
+    """Writes `final/`: what `flexolmo package` turns into an anchor or an expert slice."""
+    config, params = j.config, state["params"]
+    if config.stage == "anchor":
+        params = stages.join_anchor(params, j.frozen)
+        row_LD = router_init.public_row(config, j.model)
+        params["experts"]["router"] = row_LD[:, None, :]
+    else:
+        params = slices.take_slot(params["expert"], 0)
+    package.write_final(
+        workdir,
+        stage=config.stage,
+        params=jax.device_get(params),
+        config=j.anchor.config if j.anchor else j.model,
+        tokenizer_path=j.tokenizer,
+        expert_id=config.expert_id,
+        anchor_digest=j.anchor.anchor_digest if j.anchor else None,
+        training={
+            "steps": summary["steps"],
+            "tokens": summary["tokens"],
+            "seed": config.seed,
+        },
+        recipe=_recipe(config),
+    )
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """What an owner may tell of the training: numbers and names of methods, never paths."""
+    public = [s.weight for s in config.data.sources if s.public]
+    total = sum(s.weight for s in config.data.sources)
+    return {
+        "optim": dataclasses.asdict(config.optim),
+        "router_init": dataclasses.asdict(config.router_init),
+        "seq_len": config.data.seq_len,
+        "batch_rows": config.data.batch_rows,
+        "public_share": sum(public) / total,
+    }
