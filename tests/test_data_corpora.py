@@ -98,7 +98,7 @@ def test_papers_come_once_and_without_markers(root):
 
 def test_howto_takes_the_right_ending(root):
     documents = {d.source_id: d.text for d in corpora.read("howto", "all", root=root)}
-    assert len(documents) == 200
+    assert len(readers.read_all("howto", root)) == len(documents) == 200
     assert documents["7"].endswith(f"{words(7, 20)}, then rest 7.")
     assert documents["8"].endswith(f"{words(8, 20)} {words(508, 5)}")
 

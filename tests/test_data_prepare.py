@@ -79,6 +79,13 @@ def test_another_making_never_passes_for_this_one(tokenizer, tmp_path, change):
         prepare(documents, tokenizer, tmp_path / "set", **options)
 
 
+def test_another_tokenizer_never_passes_for_this_one(tokenizer, tmp_path):
+    prepare(DOCUMENTS, tokenizer, tmp_path / "set")
+    train_tokenizer(DOCUMENTS, 301, tmp_path / "other")
+    with pytest.raises(ConfigError, match="made from something else"):
+        prepare(DOCUMENTS, tmp_path / "other", tmp_path / "set")
+
+
 def test_damaged_shards_are_not_kept(tokenizer, tmp_path):
     prepare(DOCUMENTS, tokenizer, tmp_path / "set")
     with (tmp_path / "set" / "tokens-00000.array_record").open("ab") as f:
