@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -30,6 +30,10 @@ _HELDOUT_FRAC = 0.1
 _NEWS_CUT = "2017-03-17"  # the last two weeks: later news than any that was trained on
 # Corpora in which paragraphs repeat from document to document.
 _DROP_REPEATS = ("legal", "techdocs")
+# Corpora with near copies across families (a licence text under another name).
+_DROP_NEAR_COPIES = ("legal",)
+_NEAR_WORDS = 13
+_NEAR_FRAC = 0.2
 _MIN_CHARS = 40
 
 
@@ -113,6 +117,8 @@ def split_entries(domain: str, entries: Iterable[Entry]) -> dict[str, tuple[Entr
                 documents.add(key)
                 kept.append(entry)
         out[name] = tuple(kept)
+    if domain in _DROP_NEAR_COPIES:
+        out["heldout"] = tuple(_without_near_copies(out["heldout"], out["train"]))
     return out
 
 
@@ -131,6 +137,25 @@ def _drop_repeats(text: str, seen: set[bytes]) -> str:
             seen.add(key)
             kept.append(paragraph)
     return "\n\n".join(kept).strip("\n")
+
+
+def _runs(text: str) -> set[int]:
+    """Hashes of all runs of `_NEAR_WORDS` words; of the whole text if it is shorter."""
+    words = re.findall(r"\w+", text.casefold())
+    last = max(len(words) - _NEAR_WORDS, 0)
+    return {hash(tuple(words[i : i + _NEAR_WORDS])) for i in range(last + 1)}
+
+
+def _without_near_copies(entries: Iterable[Entry], trained: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries of which at most `_NEAR_FRAC` of the runs of words are in the trained text."""
+    wanted = [(entry, _runs(entry.text)) for entry in entries]
+    everything: set[int] = set().union(*(runs for _, runs in wanted))
+    seen: set[int] = set()
+    for entry in trained:
+        seen |= _runs(entry.text) & everything
+    for entry, runs in wanted:
+        if len(runs & seen) <= _NEAR_FRAC * len(runs):
+            yield entry
 
 
 def _is_heldout(domain: str, group: str) -> bool:
