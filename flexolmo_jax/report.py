@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,14 @@ class Figures:
 
     Attributes:
       gain_kept: expert to the part of its gain (alone beside the anchor) left after stitching.
-      mean_gain_kept: mean over the experts that gained anything.
+      mean_gain_kept: mean over these experts; None if there are none.
       public_change: relative change of bits per byte on public text, stitched against anchor.
       opt_out_change: expert to the relative change on its domain once denied, against the anchor.
       closed_change: mean relative change on closed domains, stitched against anchor.
     """
 
     gain_kept: dict[str, float]
-    mean_gain_kept: float
+    mean_gain_kept: float | None
     public_change: float
     opt_out_change: dict[str, float]
     closed_change: float
@@ -59,13 +60,15 @@ def value(bpb: Json, model: str, domain: str) -> float:
 def gain_kept(bpb: Json, closed: Sequence[str]) -> dict[str, float]:
     """Part of each expert's gain on its own domain that the stitched model still has.
 
-    An expert that gained nothing alone has no such number and is left out.
+    An expert whose gain is less than two standard errors has no such number and is left out.
     """
     out = {}
     for domain in closed:
         anchor = value(bpb, "anchor", domain)
         gain = anchor - value(bpb, f"expert:{domain}", domain)
-        if gain > 0:
+        pair = (bpb["anchor"][domain], bpb[f"expert:{domain}"][domain])
+        # The two share their text, so the sum of both errors is on the safe side.
+        if gain > 2 * math.hypot(*(side.get("stderr", 0.0) for side in pair)):
             out[domain] = (anchor - value(bpb, "stitched", domain)) / gain
     return out
 
@@ -84,7 +87,7 @@ def figures(results: Json) -> Figures:
 
     return Figures(
         gain_kept=kept,
-        mean_gain_kept=sum(kept.values()) / len(kept) if kept else 0.0,
+        mean_gain_kept=sum(kept.values()) / len(kept) if kept else None,
         public_change=change("stitched", domains["public"]),
         opt_out_change={d: change(f"deny:{d}", [d]) for d in domains["closed"]},
         closed_change=change("stitched", domains["closed"]),
@@ -103,13 +106,14 @@ def headline(key: Figures) -> str:
     """One sentence with the outcome."""
     farthest = max(key.opt_out_change.values(), key=abs, default=0.0)
     count = len(key.opt_out_change)
+    kept = "; no expert gained enough to say what is kept of it"
+    if key.mean_gain_kept is not None:
+        kept = f", with {100 * key.mean_gain_kept:.0f} % of what each expert gained alone (mean)"
     return (
         f"{count} experts, each trained alone beside the same frozen anchor, were stitched into "
-        f"one model without any training: on the closed domains it is "
-        f"{percent(key.closed_change)} than the anchor in bits per byte and keeps "
-        f"{100 * key.mean_gain_kept:.0f} % of what the experts gained; public text is "
-        f"{percent(key.public_change)}. Denying an expert puts its domain back at the anchor's "
-        f"level (largest difference: {abs(100 * farthest):.1f} %)."
+        f"one model without any training. Against the anchor, in bits per byte: closed domains "
+        f"{percent(key.closed_change)}{kept}; public text {percent(key.public_change)}. "
+        f"With an expert denied, its domain is within {abs(100 * farthest):.1f} % of the anchor."
     )
 
 
@@ -264,7 +268,7 @@ def tiles(key: Figures, results: Json) -> list[dict[str, str]]:
     total = results.get("seconds") or sum(s["seconds"] for s in results["stages"].values())
     return [
         {
-            "value": f"{100 * key.mean_gain_kept:.0f} %",
+            "value": "–" if key.mean_gain_kept is None else f"{100 * key.mean_gain_kept:.0f} %",
             "label": "of the experts' gains kept after stitching (mean)",
         },
         {"value": percent(key.public_change), "label": "public text, stitched against anchor"},

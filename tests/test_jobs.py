@@ -222,7 +222,7 @@ def test_progress_lines_name_the_job_and_its_place(tmp_path):
     local.run(plan, report=progress.Printer(plan, screen))
     local.run(plan, report=progress.Printer(plan, screen))
     text = screen.getvalue()
-    assert "[ 0/1] first: started, about 1 s left" in text
+    assert "[ 0/1] first: started | all jobs: about 1 s left" in text
     assert "[ 1/1] first: done in" in text and "first: up to date" in text
 
 

@@ -37,7 +37,7 @@ class Printer:
         if event.kind == "tick" and time.monotonic() - self.last < TICK_S:
             return
         self.last = time.monotonic()
-        left = "" if event.left_s is None else f", about {clock(event.left_s)} left"
+        left = "" if event.left_s is None else f" | all jobs: about {clock(event.left_s)} left"
         place = f"[{len(event.results):>2}/{self.total}]"
         name = event.job.name
         if event.kind == "start":
