@@ -51,6 +51,13 @@ def test_text_cannot_end_a_document(tokenizer):
     assert tokenize.token_byte_lengths(tokenizer)[ids].sum() == len(HARD.encode())
 
 
+def test_a_prompt_has_no_end(tokenizer):
+    (ids,) = tokenize.encode_batch(tokenizer, ["The harbour"])
+    (prompt,) = tokenize.encode_batch(tokenizer, ["The harbour"], end=False)
+    assert [*prompt.tolist(), tokenize.eos_id(tokenizer)] == ids.tolist()
+    assert tokenize.encode_batch(tokenizer, [""], end=False)[0].shape == (0,)
+
+
 def test_byte_lengths_of_special_tokens_are_zero(tokenizer):
     lengths = tokenize.token_byte_lengths(tokenizer)
     assert lengths.dtype == np.int32

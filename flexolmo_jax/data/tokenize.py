@@ -4,7 +4,6 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -169,14 +168,13 @@ def token_byte_lengths(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     return lengths
 
 
-def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each text with `<|endoftext|>` appended, int32."""
-    end = eos_id(tokenizer)
+def encode_batch(
+    tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, end: bool = True
+) -> list[np.ndarray]:
+    """Token ids of each text, int32; `end` appends `<|endoftext|>`, as every stored document has.
+
+    A prompt that is to be continued is encoded with `end=False`.
+    """
+    tail = [eos_id(tokenizer)] if end else []
     encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    out = []
-    for item in encoded:
-        ids = np.empty(len(item.ids) + 1, np.int32)
-        ids[:-1] = item.ids
-        ids[-1] = end
-        out.append(ids)
-    return out
+    return [np.array(item.ids + tail, np.int32) for item in encoded]
