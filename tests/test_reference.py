@@ -5,8 +5,8 @@ Mutations of the package seen to fail: variance in place of mean square; RoPE's 
 scale; query heads interleaved over kv heads; mask without documents; norms swapped; a normed
 router input; no bias, a bias on slot 0, a clamped bias; document mean without restart or division;
 no renormalising; softmax over denied slots; results of ragged not sorted back; the gate and the
-weight gradient of blocked; the z-loss without its square. Not seen here, as RoPE is relative: positions
-that do not restart (`test_model_properties.py` checks them).
+weight gradient of blocked; the z-loss without its square. Not seen here, as RoPE is relative:
+positions that do not restart (`test_model_properties.py` checks them).
 """
 
 import functools
