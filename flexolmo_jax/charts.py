@@ -72,9 +72,10 @@ def opt_out_bars(domain: str, rows: Sequence[tuple[str, float, float, str]]) -> 
         axes.set_title(domain)
         axes.grid(axis="x", color=GRID)
         axes.tick_params(length=0)
-        axes.set_xlim(0, max(values) * 1.17)
-        for place, value in zip(places, values, strict=True):
-            axes.text(value + max(values) * 0.02, place, f"{value:.3f}", va="center")
+        ends = [v + e for v, e in zip(values, errors, strict=True)]
+        axes.set_xlim(0, max(ends) * 1.17)
+        for place, value, end in zip(places, values, ends, strict=True):
+            axes.text(end + max(ends) * 0.02, place, f"{value:.3f}", va="center")
         axes.spines["left"].set_visible(False)
         return _svg(figure, f"bits per byte on {domain}")
 
@@ -104,7 +105,8 @@ def loss_curve(job: str, steps: Sequence[int], losses: Sequence[float], colour: 
     with mpl.rc_context(STYLE):
         figure, axes = _figure(height=2.1)
         axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=1)
-        axes.plot(steps, running_mean(losses), color=colour, linewidth=1.8)
+        window = max(1, min(9, len(losses) // 15))
+        axes.plot(steps, running_mean(losses, window), color=colour, linewidth=1.8)
         axes.set_title(job)
         axes.set_xlabel("step")
         axes.set_ylabel("nats per token")
@@ -118,7 +120,7 @@ def loss_curve(job: str, steps: Sequence[int], losses: Sequence[float], colour: 
         return _svg(figure, f"training loss of {job}")
 
 
-def running_mean(values: Sequence[float], window: int = 9) -> list[float]:
+def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean over the last `window` values, fewer at the start."""
     out = []
     for end in range(1, len(values) + 1):

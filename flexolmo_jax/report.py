@@ -108,13 +108,22 @@ def headline(key: Figures) -> str:
     count = len(key.opt_out_change)
     kept = "; no expert gained enough to say what is kept of it"
     if key.mean_gain_kept is not None:
-        kept = f", with {100 * key.mean_gain_kept:.0f} % of what each expert gained alone (mean)"
+        share = f"{100 * key.mean_gain_kept:.0f} %"
+        kept = f", keeping {share} of what the experts gain alone ({coverage(key)})"
     return (
         f"{count} experts, each trained alone beside the same frozen anchor, were stitched into "
         f"one model without any training. Against the anchor, in bits per byte: closed domains "
         f"{percent(key.closed_change)}{kept}; public text {percent(key.public_change)}. "
         f"With an expert denied, its domain is within {abs(100 * farthest):.1f} % of the anchor."
     )
+
+
+def coverage(key: Figures) -> str:
+    """How many experts the mean of the gains kept is over."""
+    count, total = len(key.gain_kept), len(key.opt_out_change)
+    if count == total:
+        return "mean of all"
+    return f"mean of the {count} of {total} whose gain is above the noise"
 
 
 def order_models(bpb: Json) -> list[str]:
@@ -265,11 +274,11 @@ def sample_view(results: Json) -> list[dict[str, Any]]:
 def tiles(key: Figures, results: Json) -> list[dict[str, str]]:
     """The four figures at the top of the page."""
     farthest = max(key.opt_out_change.values(), key=abs, default=0.0)
-    total = results.get("seconds") or sum(s["seconds"] for s in results["stages"].values())
+    total = sum(stage["seconds"] for stage in results["stages"].values())
     return [
         {
             "value": "–" if key.mean_gain_kept is None else f"{100 * key.mean_gain_kept:.0f} %",
-            "label": "of the experts' gains kept after stitching (mean)",
+            "label": f"of the experts' gains kept after stitching ({coverage(key)})",
         },
         {"value": percent(key.public_change), "label": "public text, stitched against anchor"},
         {

@@ -47,6 +47,7 @@ def test_order_puts_needs_first_and_keeps_the_plans_order(tmp_path):
         ([job("a", needs=("b",)), job("b", needs=("a",))], "wait for each other"),
         ([job("anchor"), job("x", needs=("anchr",))], "did you mean 'anchor'"),
         ([job("a"), job("a")], "same name"),
+        ([job("a:b"), job("a-b")], "same name"),
         ([job("a b")], "Not a name"),
         ([Job(name="a", command=())], "no command"),
     ],

@@ -115,6 +115,7 @@ def test_an_expert_that_gained_nothing_has_no_part_to_keep():
     # A gain within the noise (two errors of 0.012 each) counts as none.
     bpb["expert:legal"]["legal"]["value"] = ANCHOR["legal"] - 0.03
     assert set(report.gain_kept(bpb, CLOSED)) == {"code", "academic"}
+    assert "mean of the 2 of 4 whose gain" in report.headline(report.figures(short))
     for d in CLOSED:
         bpb[f"expert:{d}"][d]["value"] = 9.0
     key = report.figures(short)
@@ -128,7 +129,7 @@ def test_key_figures_and_headline_agree():
     assert key.opt_out_change == pytest.approx(dict.fromkeys(CLOSED, 0.002))
     line = report.headline(key)
     assert "4 experts" in line and "public text 1.5 % worse" in line
-    assert f"with {100 * key.mean_gain_kept:.0f} % of what" in line
+    assert f"keeping {100 * key.mean_gain_kept:.0f} % of what" in line and "mean of all" in line
     assert "within 0.2 % of the anchor" in line
 
 

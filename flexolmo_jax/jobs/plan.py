@@ -75,6 +75,11 @@ class Plan:
         return dataclasses.asdict(self)
 
 
+def file_stem(name: str) -> str:
+    """The name of a job in file names: not every file system takes a colon."""
+    return name.replace(":", "-")
+
+
 def order(plan: Plan) -> tuple[Job, ...]:
     """Checks the plan and returns its jobs so that each comes after all that it needs.
 
@@ -104,11 +109,14 @@ def order(plan: Plan) -> tuple[Job, ...]:
 
 def _check_names(plan: Plan) -> None:
     names = [j.name for j in plan.jobs]
+    files = [file_stem(n) for n in names]
     for job in plan.jobs:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:-]*", job.name):
             raise ConfigError("Not a name for a job", got=repr(job.name), where=plan.name)
-        if names.count(job.name) > 1:
-            raise ConfigError("Two jobs have the same name", got=job.name, where=plan.name)
+        if files.count(file_stem(job.name)) > 1:
+            raise ConfigError(
+                "Two jobs have the same name for their log", got=job.name, where=plan.name
+            )
         if not job.command:
             raise ConfigError("A job has no command", where=f"{plan.name}:{job.name}")
         for need in job.needs:

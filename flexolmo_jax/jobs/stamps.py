@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flexolmo_jax
-from flexolmo_jax.jobs.plan import Job, Plan
+from flexolmo_jax.jobs.plan import Job, Plan, file_stem
 from flexolmo_jax.tree import file_digest, json_digest
 
 # Directories that describe themselves: this file holds digests of everything beside it.
@@ -50,7 +50,7 @@ def job_digest(job: Job) -> str:
 
 def stamp_path(plan: Plan, job: Job) -> Path:
     """Where the stamp of a job is kept."""
-    return Path(plan.workdir) / "jobs" / f"{job.name.replace(':', '-')}.json"
+    return Path(plan.workdir) / "jobs" / f"{file_stem(job.name)}.json"
 
 
 def read(plan: Plan, job: Job) -> dict[str, Any] | None:
