@@ -140,12 +140,12 @@ def test_debug_keeps_the_traceback(command):
 
 
 def test_result_files_have_the_common_keys(command, tmp_path):
-    command(lambda args: {"answer": 42, "digests": {"a": "b"}})
+    command(lambda args: {"answer": 42})
     path = tmp_path / "deep" / "result.json"
     assert cli.main(["demo", "--colour", "red", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert {"schema", "command", "versions", "config", "digests", "seconds"} <= set(result)
-    assert result["answer"] == 42 and result["digests"] == {"a": "b"}
+    assert result["answer"] == 42 and result["digests"] == {}
     assert result["command"] == "demo" and result["config"]["colour"] == "red"
     assert "jax" in result["versions"]
 
