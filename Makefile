@@ -5,7 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?= -q -n auto --dist loadfile
-TYPED := flexolmo_jax/config.py flexolmo_jax/tree.py flexolmo_jax/checkpoint.py flexolmo_jax/experts
 
 .PHONY: setup demo test unit lint types format clean
 .NOTPARALLEL:
@@ -39,7 +38,7 @@ format: setup
 
 # PYRIGHT_PYTHON_IGNORE_WARNINGS: a newer checker is no reason for a message.
 types: setup
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python $(wildcard $(TYPED))
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

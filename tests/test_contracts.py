@@ -16,7 +16,15 @@ PACKAGE = ROOT / "flexolmo_jax"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 SCRIPTS = [
-    ROOT / name for name in ("Makefile", "setup.cfg", "pyproject.toml", "ruff.toml", ".ci/run")
+    ROOT / name
+    for name in (
+        "Makefile",
+        "setup.cfg",
+        "pyproject.toml",
+        "ruff.toml",
+        "pyrightconfig.json",
+        ".ci/run",
+    )
 ]
 SCRIPTS += sorted(p for p in (ROOT / "launch").rglob("*") if p.is_file())
 SCRIPTS += sorted(PACKAGE.rglob("*.html"))
