@@ -37,7 +37,7 @@ def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
     """Leaf name ("a/b/c") to leaf of any pytree, in its own order, and its treedef.
 
     Raises:
-      CheckpointError: two leaves share a name, or a name does not fit a file name.
+      CheckpointError: a name that is taken twice or does not fit a file name.
     """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
     out: dict[str, Any] = {}
@@ -69,11 +69,12 @@ def _wanted(record: logging.LogRecord) -> bool:
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.Checkpointer]:
     # One folder per leaf, not one database: a damaged file names its leaf, equal trees give equal
-    # bytes, and one leaf can be read without its neighbours.
+    # bytes, one leaf is read alone. Uncompressed: a file as long as its array cannot blow up.
     log = logging.getLogger("absl")
     log.addFilter(_wanted)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+        with ocp.Checkpointer(handler) as checkpointer:
             yield checkpointer
     finally:
         log.removeFilter(_wanted)

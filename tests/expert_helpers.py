@@ -35,7 +35,7 @@ def make_anchor(path: Path, seed=0, config=CONFIG):
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = path.parent / f"{path.name}-tokenizer-source.json"
     tokenizer.write_text(json.dumps({"seed": seed}))
-    params = random_tree(model.abstract_params(config), seed)
+    params = random_tree(model.abstract_params(config.replace(n_slots=1, n_active=1)), seed)
     public = slices.take_slot(params["experts"], 0)
     training = {"steps": 3, "tokens": 96, "seed": seed}
     return model_dir.write_model(path, config, params["shared"], public, tokenizer, training)

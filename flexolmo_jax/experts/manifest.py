@@ -111,11 +111,12 @@ def read(folder: Path, kind: str | None = None) -> tuple[dict[str, Any] | None, 
     try:
         text = path.read_bytes().decode("utf-8")
         value = json.loads(text, parse_constant=_refuse_constant)
+        problems = check(value, str(path), kind)
+        if not problems and text != render(value):
+            problems = [_bad(path, "not written as this package writes it; the file was changed")]
     except (ValueError, RecursionError) as e:
+        # Not only from the parser: 1e999 and half a surrogate pair parse, but have no rendering.
         return None, [_bad(path, f"not JSON: {str(e)[:200]}")]
-    problems = check(value, str(path), kind)
-    if not problems and text != render(value):
-        problems = [_bad(path, "not written as this package writes it; the file was changed")]
     return (None, problems) if problems else (value, [])
 
 

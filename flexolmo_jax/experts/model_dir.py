@@ -19,7 +19,7 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import CheckpointError, ConfigError, Problem, RefusedError, nearest
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.experts import slice as slices
-from flexolmo_jax.files import atomic_directory, check_files, hash_files, list_files
+from flexolmo_jax.files import atomic_directory, hash_files, list_files
 
 EXPERTS, SHARED, TOKENIZER = "experts", "shared", "tokenizer.json"
 ShardingFn = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
@@ -280,8 +280,7 @@ def shared_file_problems(info: ModelInfo, *, content: bool) -> list[Problem]:
         return out
     inside = {n.removeprefix(SHARED + "/"): d for n, d in info.content["files"].items()}
     tokenizer = inside.pop(TOKENIZER)
-    for p in check_files(info.path / SHARED, inside, content=content):
-        out.append(dataclasses.replace(p, path=f"{info.path / SHARED}/{p.path}"))
+    out = slices.tree_problems(info.path / SHARED, info.content["shared"], inside, content)
     if not info.tokenizer_path.is_file():
         out.append(Problem("file-missing", str(info.tokenizer_path), "", "listed, but not there"))
     elif content and trees.file_digest(info.tokenizer_path) != tokenizer:

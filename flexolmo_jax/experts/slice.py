@@ -2,6 +2,8 @@
 """The leaves of one expert: taken out of a group, put into one, written to and read from disk."""
 
 import dataclasses
+import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from flexolmo_jax.files import atomic_directory, check_files, hash_files, list_f
 
 PARAMS = "params"
 SLOT_AXIS = 1
+ORBAX_FILES = ("_METADATA", checkpoint.METADATA, checkpoint.MARKER)
+MAX_METADATA = 1 << 20
+ZARR_DTYPES = {"float32": "<f4", "bfloat16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,15 +179,79 @@ def read_slice_info(path: str | Path) -> tuple[SliceInfo | None, list[Problem]]:
 
 
 def listing_problems(info: SliceInfo, *, content: bool) -> list[Problem]:
-    """Files of a slice against its manifest; `content` False opens none of them."""
-    problems = check_files(
-        info.path, info.manifest["files"], ignore=[manifests.NAME], content=content
-    )
+    """Files of a slice against its manifest, then their layout; `content` False reads no array."""
     out = []
-    for p in problems:
+    for p in check_files(info.path, info.manifest["files"], ignore=[manifests.NAME], content=False):
         leftover = p.code == "file-extra" and manifests.is_leftover(p.path)
         code = "leftover-state" if leftover else p.code
         out.append(dataclasses.replace(p, code=code, path=f"{info.path}/{p.path}"))
+    listed = {
+        name.removeprefix(PARAMS + "/"): digest for name, digest in info.manifest["files"].items()
+    }
+    return out or tree_problems(info.path / PARAMS, info.manifest["leaves"], listed, content)
+
+
+def tree_problems(
+    folder: Path, table: Mapping[str, Mapping[str, Any]], files: Mapping[str, str], content: bool
+) -> list[Problem]:
+    """A saved tree: names and sizes, then with `content` each file's digest, then the metadata."""
+    # Sizes first: hashing a file of terabytes is an attack of its own.
+    out = layout_problems(folder, table)
+    if not out:
+        out = check_files(folder, files, content=content)
+        out = [dataclasses.replace(p, path=f"{folder}/{p.path}") for p in out]
+    return out or _metadata_problems(folder, table)
+
+
+def layout_problems(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    """Whether a saved tree is laid out exactly as `checkpoint.save_tree` does it from host arrays.
+
+    One folder per leaf with one uncompressed file of exactly the array's size: nothing in it can
+    send a reader elsewhere or make it allocate more than the table of leaves says.
+    """
+    found, out = list_files(folder)
+    wanted: dict[str, int | None] = dict.fromkeys(ORBAX_FILES)
+    for name, entry in table.items():
+        shape, own = entry["shape"], name.replace("/", ".")
+        wanted[f"{own}/.zarray"] = None
+        wanted[f"{own}/{'.'.join('0' * len(shape)) or '0'}"] = (
+            math.prod(shape) * manifests.DTYPES[entry["dtype"]]
+        )
+    for file in sorted(set(wanted) - set(found)):
+        out.append(Problem("file-missing", str(folder / file), "", "a saved tree needs it"))
+    for file in sorted(set(found) - set(wanted)):
+        code = "leftover-state" if manifests.is_leftover(file) else "file-extra"
+        out.append(Problem(code, str(folder / file), "", "it has no place in a saved tree"))
+    for file in sorted(set(wanted) & set(found)):
+        size = wanted[file]
+        if (size is None and found[file] > MAX_METADATA) or size not in (None, found[file]):
+            message = f"{found[file]} bytes, expected {size or f'at most {MAX_METADATA}'}"
+            out.append(Problem("file-size", str(folder / file), "", message))
+    return out
+
+
+def _metadata_problems(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    """Whether Orbax will read plain, uncompressed, whole arrays and nothing else."""
+    wanted = {"_METADATA": {"use_ocdbt": False, "use_zarr3": False}}
+    for name, entry in table.items():
+        wanted[name.replace("/", ".") + "/.zarray"] = {
+            "zarr_format": 2,
+            "shape": entry["shape"],
+            "chunks": entry["shape"],
+            "dtype": ZARR_DTYPES[entry["dtype"]],
+            "order": "C",
+            "compressor": None,
+            "filters": None,
+        }
+    out = []
+    for file, fields in wanted.items():
+        try:
+            value = json.loads((folder / file).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict) or {**value, **fields} != value:
+            message = f"does not say {fields}"
+            out.append(Problem("bad-layout", str(folder / file), "", message))
     return out
 
 
