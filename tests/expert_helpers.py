@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny anchors and slices on disk for the tests of experts/."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from flexolmo_jax import model
 from flexolmo_jax import tree as trees
@@ -91,3 +93,22 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 def leaf_equal(a, b) -> bool:
     """Same names, dtypes, shapes and bits."""
     return trees.digests(jax.tree.map(np.asarray, a)) == trees.digests(jax.tree.map(np.asarray, b))
+
+
+def _status(field):
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if field in x]
+    return int(line.split()[1]) * 1024
+
+
+@contextlib.contextmanager
+def peak_memory():
+    """Yields a list that afterwards holds the bytes by which resident memory grew at its peak.
+
+    Arrays read by tensorstore are allocated outside Python, so only the system sees them.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory can only be reset on Linux")
+    Path("/proc/self/clear_refs").write_text("5")
+    before, grown = _status("VmRSS"), []
+    yield grown
+    grown.append(_status("VmHWM") - before)

@@ -16,7 +16,7 @@ import numpy as np
 from flexolmo_jax import checkpoint, model
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.errors import CheckpointError, ConfigError, Problem, RefusedError, nearest
+from flexolmo_jax.errors import ConfigError, Problem, RefusedError, nearest
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import atomic_directory, hash_files, list_files
@@ -291,15 +291,7 @@ def shared_file_problems(info: ModelInfo, *, content: bool) -> list[Problem]:
 
 def shared_content_problems(info: ModelInfo, folder: Path) -> list[Problem]:
     """Digest and finiteness of the shared leaves in `folder`, one leaf at a time."""
-    table, where, out = info.content["shared"], str(info.path / SHARED), []
-    abstract = trees.unflatten(slices.abstract_leaves(table))
-    for name, entry in table.items():
-        try:
-            leaf = checkpoint.restore_tree(folder, abstract, only=[name])[name]
-        except CheckpointError as e:
-            return [*out, Problem("leaf-digest", where, name, str(e))]
-        out += slices.content_problems(where, name, leaf, entry["digest"])
-    return out
+    return slices.table_problems(folder, info.content["shared"], str(info.path / SHARED))
 
 
 def anchor_problems(info: ModelInfo, public: slices.SliceInfo) -> list[Problem]:
@@ -339,13 +331,13 @@ def load_model(
     for expert in experts or ():
         info.expert_path(expert)
     opened = tuple(e for e in info.slots if experts is None or e in experts)
-    pieces, problems = [], shared_file_problems(info, content=True) if verify else []
+    pieces, problems = [], shared_file_problems(info, content=verify)
     for expert in opened:
         piece, found = member_info(info, expert)
         problems += found
         if piece is not None:
             pieces.append(piece)
-            problems += slices.listing_problems(piece, content=True) if verify else []
+            problems += slices.listing_problems(piece, content=verify)
     if not problems and pieces:
         problems += dtype_problems(pieces)
         if pieces[0].expert == manifests.PUBLIC:
@@ -361,11 +353,9 @@ def load_model(
 
 
 def _load_shared(info: ModelInfo, verify: bool, place: ShardingFn) -> trees.Tree:
-    table = info.content["shared"]
-    abstract = trees.unflatten(slices.abstract_leaves(table))
     out = {}
-    for name, entry in table.items():
-        leaf = checkpoint.restore_tree(info.path / SHARED, abstract, only=[name])[name]
+    for name, entry in info.content["shared"].items():
+        leaf = slices.read_leaf(info.path / SHARED, name, entry)
         _require(verify, str(info.path / SHARED), name, leaf, entry["digest"])
         out[name] = placed(leaf, place(f"shared/{name}", leaf.shape))
     return trees.unflatten(out)
@@ -381,9 +371,9 @@ def _load_group(
         dtype = pieces[0].manifest["leaves"][name]["dtype"] if pieces else "float32"
         stack = np.zeros(shape, np.dtype(dtype))
         for piece in pieces:
-            leaf = slices.read_leaves(piece, [name])[name]
-            digest = piece.manifest["leaves"][name]["digest"]
-            _require(verify, str(piece.path), name, leaf, digest)
+            entry = piece.manifest["leaves"][name]
+            leaf = slices.read_leaf(piece.path / slices.PARAMS, name, entry)
+            _require(verify, str(piece.path), name, leaf, entry["digest"])
             stack[:, info.slots[piece.expert]] = leaf
             del leaf
         out[name] = placed(stack, place(f"experts/{name}", shape))
