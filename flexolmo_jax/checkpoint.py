@@ -123,8 +123,8 @@ def read_metadata(path: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
         )
     try:
         with _checkpointer() as checkpointer:
-            metadata = checkpointer.metadata(path).item_metadata
-        leaves, _ = named_leaves(metadata.tree)
+            metadata: Any = checkpointer.metadata(path).item_metadata
+        leaves, _ = named_leaves(metadata.tree)  # Without any, AttributeError says so.
         return {
             name: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
             for name, leaf in leaves.items()

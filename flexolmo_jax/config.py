@@ -325,11 +325,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         (inner,) = [a for a in typing.get_args(hint) if a is not type(None)]
         return _convert(inner, value, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if isinstance(value, Mapping) or hasattr(value, "items"):
-            return from_dict(hint, dict(value.items()), where)  # type: ignore[arg-type]
+            return from_dict(hint, dict(value.items()), where)
     elif origin is tuple:
         inner = typing.get_args(hint)[0]
         if isinstance(value, list | tuple):

@@ -109,8 +109,7 @@ def write_final(
             "files": files,
         }
         write_text(work / NAME, manifests.render(manifests.seal(content)))
-    if target.exists():
-        shutil.rmtree(target)
+    shutil.rmtree(target, ignore_errors=True)
     os.replace(fresh, target)
     return read_final(workdir)
 

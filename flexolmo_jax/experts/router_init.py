@@ -80,6 +80,7 @@ def hidden_mean(
             segments_BT=segments_BT,
             keep_residual=True,
         )
+        assert out.residual_LBTD is not None  # keep_residual
         kept = (segments_BT > 0)[None, ..., None]
         return jnp.sum(jnp.where(kept, out.residual_LBTD, 0.0), axis=(1, 2))
 
