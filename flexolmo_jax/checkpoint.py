@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from flexolmo_jax.files import check_files, hash_files, list_files, write_text
 
 LEAF_PART = re.compile(r"[A-Za-z0-9_-]{1,63}")
 MARKER, METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"
-# What Orbax, tensorstore and zstd raise on damaged files; nothing else is expected of them.
+# What Orbax and tensorstore raise on damaged files; nothing else is expected of them.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError)
 # What Orbax logs needlessly: what is as we asked for, and tracebacks of errors that it also raises.
 NOISE = ("Skipping merge of OCDBT", "Metadata file does not exist", "in background save thread")
@@ -102,7 +103,7 @@ def save_tree(path: str | Path, tree: Any) -> None:
 
 
 def _remove_traces(folder: Path) -> None:
-    """Takes this machine's path and clock out of the files that Orbax writes beside the arrays."""
+    """Takes this machine's path and clock out of what Orbax writes beside the arrays."""
     (folder / MARKER).write_text("Checkpoint commit was successful\n")
     text = (folder / METADATA).read_text()
     text = re.sub(r'("(?:init|commit)_timestamp_nsecs": )\d+', r"\g<1>0", text)
@@ -153,7 +154,7 @@ def leaf_problems(
     return out
 
 
-def restore_arguments(leaf: Any) -> ocp.RestoreArgs:
+def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
     """How Orbax should place one leaf: by its sharding if it has one, else as a numpy array."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
@@ -193,7 +194,7 @@ def restore_tree(
         for name, leaf in leaves.items()
     }
     how = {
-        name: restore_arguments(leaf) if name in wanted else ocp.RestoreArgs()
+        name: _restore_arguments(leaf) if name in wanted else ocp.RestoreArgs()
         for name, leaf in leaves.items()
     }
     arguments = ocp.args.PyTreeRestore(
@@ -216,11 +217,7 @@ LATE = (MARKER, METADATA)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A restored step of a training run.
-
-    Attributes:
-      skipped: what was wrong with newer checkpoints; they now lie in `damaged-<step>` folders.
-    """
+    """A restored step; `skipped` is what was wrong with newer ones, now in `damaged-<step>`."""
 
     step: int
     state: Any
@@ -231,13 +228,13 @@ class Restored:
 class RunCheckpoints:
     """The checkpoints of one training run: asynchronous, atomic, every byte verified on restore.
 
-    A step counts as saved once its folder holds `digests.json`, which is written inside Orbax's
-    temporary folder just before the atomic rename; a kill at any instant leaves no half step.
+    A step counts once its folder holds `digests.json`, which is written inside Orbax's temporary
+    folder just before the atomic rename; a kill at any instant leaves no half step.
 
     Args:
       directory: folder of the run's checkpoints.
       every: steps between saves, for `due`.
-      keep: newest verified-complete steps to keep.
+      keep: newest complete steps to keep.
       keep_period: steps divisible by it are kept for good; 0 keeps none.
     """
 
@@ -301,11 +298,7 @@ class RunCheckpoints:
         return True
 
     def wait(self) -> None:
-        """Waits for the save in progress, seals it and deletes what need not be kept.
-
-        Raises:
-          MachineError: the save could not be written.
-        """
+        """Ends the save in progress, deletes what need not be kept; raises as `save`."""
         if self._manager is None:
             return
         with _write_errors(self.directory):
@@ -321,10 +314,9 @@ class RunCheckpoints:
                 raise OSError(f"step {step} did not reach the disk")
             if jax.process_index() == 0:
                 self._seal(step)
-            steps = self.steps()
-            for old in steps[: -self._keep]:
-                if not (self._period and old % self._period == 0):
-                    self._manager.delete(old)
+                for old in self.steps()[: -self._keep]:
+                    if not (self._period and old % self._period == 0):
+                        self._delete(old)
 
     def close(self) -> None:
         """Waits, then frees the threads; raises what an unfinished save raised."""
@@ -372,8 +364,7 @@ class RunCheckpoints:
     def restore_latest(self, abstract_state: Any) -> Restored | None:
         """The newest undamaged step, or None if nothing was ever saved.
 
-        A damaged step is moved to `damaged-<step>` and reported in `skipped`. A leaf that does not
-        fit `abstract_state` is an error, never a reason to take an older step.
+        A leaf that does not fit `abstract_state` is an error, no reason to take an older step.
 
         Raises:
           CheckpointError: every checkpoint is damaged.
@@ -413,6 +404,8 @@ class RunCheckpoints:
             logging.getLogger("absl").addFilter(_wanted)
             self._pool = concurrent.futures.ThreadPoolExecutor(1)
             self.directory.mkdir(parents=True, exist_ok=True)
+            for doomed in self.directory.glob("deleted-*"):
+                shutil.rmtree(doomed, ignore_errors=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None,  # `wait` deletes, and only after a newer step is complete
                 cleanup_tmp_directories=True,
@@ -444,7 +437,15 @@ class RunCheckpoints:
         folder = self.directory / str(step)
         digests = _read_digests(folder)
         late = hash_files(folder, [name for name in LATE if (folder / name).is_file()])
-        _save_digests(folder, {**digests, "files": {**digests["files"], **late}})
+        content = {**digests, "files": {**digests["files"], **late}}
+        # Not written inside the step: a kill would leave a file there that nobody listed.
+        _save_digests(folder, content, work=self.directory / "seal.tmp")
+
+    def _delete(self, step: int) -> None:
+        """Renames first, so that a kill leaves either the whole step or no step."""
+        doomed = self.directory / f"deleted-{step}"
+        os.replace(self.directory / str(step), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def _set_aside(self, step: int) -> None:
         """Moves a damaged or incomplete step out of the way, as evidence."""
@@ -461,7 +462,6 @@ class RunCheckpoints:
 
 @contextlib.contextmanager
 def _write_errors(where: Path) -> Iterator[None]:
-    """Storage faults, at whatever depth of Orbax, as one MachineError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as e:
@@ -474,7 +474,7 @@ def _write_errors(where: Path) -> Iterator[None]:
 
 
 def _describe(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and digest of each leaf; no digest where this host holds only a part."""
+    """Each leaf in words; no digest where this host holds only a part of it."""
     return {
         name: {
             "shape": list(leaf.shape),
@@ -485,9 +485,9 @@ def _describe(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _save_digests(folder: Path, content: dict[str, Any]) -> None:
+def _save_digests(folder: Path, content: dict[str, Any], work: Path | None = None) -> None:
     text = trees.canonical_json({**content, "digest": trees.json_digest(content)})
-    write_text(folder / DIGESTS, text)
+    write_text(folder / DIGESTS, text, work)
 
 
 def _read_digests(folder: Path) -> dict[str, Any]:

@@ -109,9 +109,13 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file so that a reader sees the old content or all of the new."""
-    work = path.with_name(path.name + ".tmp")
+def write_text(path: Path, text: str, work: Path | None = None) -> None:
+    """Writes a small file so that a reader sees the old content or all of the new.
+
+    Args:
+      work: temporary file on the same disk; None is one beside `path`.
+    """
+    work = work or path.with_name(path.name + ".tmp")
     with open(work, "w", encoding="utf-8", newline="\n") as f:
         f.write(text)
         f.flush()

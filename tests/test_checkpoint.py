@@ -261,7 +261,7 @@ def test_digests_are_inside_before_the_step_gets_its_name(tmp_path, monkeypatch)
     seen = []
     original = checkpoint._save_digests
     monkeypatch.setattr(
-        checkpoint, "_save_digests", lambda d, c: (seen.append(d.name), original(d, c))
+        checkpoint, "_save_digests", lambda d, *a, **k: (seen.append(d.name), original(d, *a, **k))
     )
     with RunCheckpoints(tmp_path) as run:
         run.save(1, {"w": np.ones(2)}, {})
@@ -276,6 +276,48 @@ def test_retention_keeps_the_newest_and_the_permanent_ones(tmp_path):
             assert not run.save(step, {"w": np.zeros((2,))}, {})
     assert run.steps() == [4, 8, 9, 10]
     assert run.restore(9, {"w": np.zeros((2,), np.int64)})[0]["w"].tolist() == [9, 9]
+
+
+def test_a_kill_while_sealing_or_deleting_leaves_whole_steps_only(tmp_path, monkeypatch):
+    """Every moment between two changes on disk, found by stopping at each of them in turn."""
+    moments = 0
+    for stop_at in range(1, 60):
+        folder, left = tmp_path / str(stop_at), [stop_at]
+
+        def counted(original, left=left):
+            def call(*args, **kwargs):
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                return original(*args, **kwargs)
+
+            return call
+
+        run = RunCheckpoints(folder, keep=1)
+        run.save(1, {"w": np.ones(2)}, {})
+        run.wait()
+        run.save(2, {"w": np.ones(2)}, {})
+        run._manager.wait_until_finished()
+        with monkeypatch.context() as patch:
+            for name in ("replace", "unlink", "rmdir", "fsync"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                run.wait()
+            except KeyboardInterrupt:
+                moments += 1
+        again = RunCheckpoints(folder, keep=1)
+        assert 2 in again.steps()
+        named = {int(p.name) for p in folder.iterdir() if p.name.isdigit()}
+        assert named == set(again.steps())
+        assert [p for step in again.steps() for p in again.check(step)] == []
+        assert again.save(3, {"w": np.ones(2)}, {})
+        again.close()
+        assert again.steps() == [3]
+        run._manager.close()
+        run._pool.shutdown()
+        if left[0] > 0:
+            break
+    assert moments >= 5
 
 
 def test_nothing_old_is_deleted_before_the_new_step_is_complete(tmp_path, monkeypatch):

@@ -231,7 +231,7 @@ def layout_problems(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> lis
 
 def _metadata_problems(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     """Whether Orbax will read plain, uncompressed, whole arrays and nothing else."""
-    wanted = {"_METADATA": {"use_ocdbt": False, "use_zarr3": False}}
+    wanted: dict[str, dict[str, Any]] = {"_METADATA": {"use_ocdbt": False, "use_zarr3": False}}
     for name, entry in table.items():
         wanted[name.replace("/", ".") + "/.zarray"] = {
             "zarr_format": 2,
