@@ -115,12 +115,18 @@ def score_domain(
     n_active: int | None = None,
     n_rows: int = 0,
     batch_rows: int = 16,
+    seq_len: int = 0,
 ) -> evaluate.Score:
-    """Bits per byte and routing on one token-shard directory."""
+    """Bits per byte and routing on one token-shard directory.
+
+    Args:
+      n_rows: rows to score, spread over the text; 0 is all.
+      seq_len: tokens per row; 0 is the model's context.
+    """
     batches = loader.heldout_batches(
         path,
         batch_rows,
-        seq_len=m.config.max_len,
+        seq_len=seq_len or m.config.max_len,
         n_rows=n_rows,
         tokenizer_digest=m.info.tokenizer_digest,
         vocab_size=m.config.vocab_size,
@@ -153,7 +159,7 @@ def evaluate_model(
             raise ConfigError("Unknown task", got=task, fix=nearest(task, TASKS))
     m = open_model(path, allow=allow, deny=deny)
     allowed = m.allowed()
-    n_active = _active(m, active, allowed)
+    n_active = policy.clamp_active(_active(m, active), allowed)
     names = sorted(m.slots, key=lambda expert: m.slots[expert])
     out: dict[str, Any] = {
         "allowed": names,
@@ -170,7 +176,7 @@ def evaluate_model(
     return out
 
 
-def _active(m: OpenModel, active: int | None, allowed: np.ndarray) -> int:
+def _active(m: OpenModel, active: int | None) -> int:
     wanted = m.config.n_active if active is None else active
     if not 1 <= wanted <= m.config.n_slots:
         raise ConfigError(
@@ -179,7 +185,7 @@ def _active(m: OpenModel, active: int | None, allowed: np.ndarray) -> int:
             expected=f"1..{m.config.n_slots}",
             where="--active",
         )
-    return policy.clamp_active(wanted, allowed)
+    return wanted
 
 
 def shares(score: evaluate.Score, slots: Mapping[str, int]) -> dict[str, float]:
@@ -208,9 +214,14 @@ def generate_text(
     """Continues prompts; `allowed` is [n_slots], or [prompts, n_slots] for a set per prompt."""
     allowed = m.allowed() if allowed is None else np.asarray(allowed, bool)
     allowed_BE = np.broadcast_to(allowed, (len(prompts), m.config.n_slots))
+    n_active = _active(m, active)
+    if allowed.ndim == 1:  # Else each row has its own limit, and the model keeps to it.
+        n_active = policy.clamp_active(n_active, allowed)
     if sampling.eos_id < 0:
         sampling = dataclasses.replace(sampling, eos_id=tokenize.eos_id(m.tokenizer))
-    ids = [tokens.tolist() for tokens in tokenize.encode_batch(m.tokenizer, list(prompts))]
+    ids = [
+        tokens.tolist() for tokens in tokenize.encode_batch(m.tokenizer, list(prompts), end=False)
+    ]
     answers = sample.generate(
         m.config,
         m.runtime,
@@ -218,7 +229,7 @@ def generate_text(
         (m.group,),
         ids,
         allowed_BE=allowed_BE,
-        n_active=_active(m, active, allowed_BE),
+        n_active=n_active,
         sampling=sampling,
         key=jax.random.key(seed),
     )

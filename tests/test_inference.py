@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An opened model: what prompts become, an allowed set for each prompt, and held-out sets."""
+
+import data_helpers
+import expert_helpers
+import jax
+import numpy as np
+import pytest
+
+from flexolmo_jax import inference, model, sample
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data import prepare, tokenize
+from flexolmo_jax.data.corpora import Document
+from flexolmo_jax.errors import ConfigError, DataError
+from flexolmo_jax.experts import model_dir, stitch
+from flexolmo_jax.experts import slice as slices
+
+ANSWER = sample.SampleConfig(max_new_tokens=6)
+PROMPTS = ["bade do", "miku nara pol"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A stitched model of three untrained experts, and held-out text of one domain."""
+    root = tmp_path_factory.mktemp("inference")
+    documents = [Document(data_helpers.words(i), str(i)) for i in range(40)]
+    tokenizer = root / "tokenizer.json"
+    prepare.train_tokenizer(documents, 300, tokenizer)
+    prepare.prepare(documents, tokenizer, root / "data/wiki/heldout", split="heldout")
+    config = ModelConfig(
+        vocab_size=tokenize.vocab_size(tokenize.load(tokenizer)),
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        d_head=8,
+        d_ffn=24,
+        max_len=32,
+    )
+    params = jax.device_get(model.init_params(config, jax.random.key(0)))
+    public = slices.take_slot(params["experts"], 0)
+    info = model_dir.write_model(root / "anchor", config, params["shared"], public, tokenizer)
+    paths = [root / "slices" / name for name in ("code", "news")]
+    for seed, path in enumerate(paths, 1):
+        expert_helpers.make_slice(path, info, path.name, seed)
+    stitch.execute(stitch.plan(root / "anchor", paths), root / "stitched")
+    return root
+
+
+@pytest.fixture(scope="module")
+def opened(root):
+    return inference.open_model(root / "stitched")
+
+
+def test_a_prompt_does_not_end_its_document(opened, monkeypatch):
+    """Mutation: `end=True`, which asked for the first token of another document."""
+    seen = []
+
+    def generate(*args, **kwargs):
+        seen.extend(args[4])
+        return [sample.Generation([], np.zeros(3)) for _ in args[4]]
+
+    monkeypatch.setattr(inference.sample, "generate", generate)
+    inference.generate_text(opened, PROMPTS, sampling=ANSWER)
+    assert seen == [opened.tokenizer.encode(p).ids for p in PROMPTS]
+    assert tokenize.eos_id(opened.tokenizer) not in np.concatenate(seen)
+
+
+def test_a_row_is_not_limited_by_its_neighbours(opened):
+    """Mutation: active experts clamped to the smallest allowed set of the batch."""
+    sets = np.stack([opened.allowed(), opened.allowed(["public"])])
+    together = inference.generate_text(opened, PROMPTS, allowed=sets, sampling=ANSWER)
+    for row, prompt in enumerate(PROMPTS):
+        (alone,) = inference.generate_text(opened, [prompt], allowed=sets[row], sampling=ANSWER)
+        assert together[row] == alone
+    served = together[0]["tokens_per_expert"]
+    assert served["public"] == served["code"] == served["news"] > 0
+    assert together[1]["tokens_per_expert"]["code"] == 0
+
+
+@pytest.mark.parametrize("active", [0, 4])
+def test_active_experts_must_fit_the_model(opened, active):
+    with pytest.raises(ConfigError, match="--active"):
+        inference.generate_text(opened, PROMPTS, active=active, sampling=ANSWER)
+
+
+def test_rows_are_as_long_as_asked(opened, root):
+    """Mutation: seq_len not passed on."""
+    heldout = root / "data/wiki/heldout"
+    scores = [
+        inference.score_domain(opened, heldout, allowed=opened.allowed(), n_rows=2, seq_len=length)
+        for length in (0, 16)
+    ]
+    # A document fills the rows, so all positions but those that start one are predicted.
+    assert scores[0].tokens > 1.5 * scores[1].tokens > 0
+
+
+def test_evaluation_reports_per_domain_and_names_the_sets(root):
+    found = inference.evaluate_model(root / "stitched", root / "data", deny=["news"], n_rows=2)
+    assert found["allowed"] == ["public", "code"] and found["active"] == 2
+    assert set(found["bpb"]) == set(found["routing"]) == {"wiki"}
+    assert sum(found["routing"]["wiki"].values()) == pytest.approx(1)
+    assert inference.heldout_sets(root / "data/wiki/heldout").keys() == {"wiki"}
+    with pytest.raises(DataError, match="prepare"):
+        inference.heldout_sets(root / "slices")
+    with pytest.raises(ConfigError, match="bpb"):
+        inference.evaluate_model(root / "stitched", root / "data", tasks=["bpd"])
