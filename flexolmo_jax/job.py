@@ -86,12 +86,12 @@ def _anchor_job(config: RunConfig, grid: Mesh) -> Job:
     assert config.model is not None  # RunConfig refuses an anchor job without one
     c = stages.stage_model("anchor", config.model)
     init = functools.partial(model.init_params, c, jax.random.key(config.seed))
-    trainable, kept = jax.eval_shape(lambda: stages.split_anchor(init()))
+    trainable, _ = jax.eval_shape(lambda: stages.split_anchor(init()))
     trainable_axes, _ = stages.split_anchor(model.param_axes(c))
     placed = _abstract(trainable, sharding.param_shardings(trainable, trainable_axes, grid))
     # Router row and bias start as constants, so any key gives the same frozen leaves.
-    frozen = jax.jit(lambda: stages.split_anchor(init())[1])()
-    del kept
+    whole = NamedSharding(grid, PartitionSpec())
+    frozen = jax.jit(lambda: stages.split_anchor(init())[1], out_shardings=whole)()
     return _job(
         config,
         c,
@@ -203,7 +203,7 @@ def _abstract_state(
     """State at any step: the moments lie where their parameters lie."""
     whole = NamedSharding(grid, PartitionSpec())
     opt = jax.eval_shape(optimizer.init, params)
-    opt_shardings = optax.tree_map_params(
+    opt_shardings = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, s: s,
         opt,

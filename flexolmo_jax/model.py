@@ -245,7 +245,8 @@ def forward(
         length_B=None if cache is None else cache.length_B,
         keep_residual=keep_residual,
     )
-    x_BTD = shared["embed"]["embedding"].astype(run.compute_dtype).at[tokens_BT].get(mode="clip")
+    embedding_VD = jnp.asarray(shared["embed"]["embedding"], run.compute_dtype)
+    x_BTD = embedding_VD.at[tokens_BT].get(mode="clip")
     x_BTD = constrain(x_BTD, run.mesh, "batch", "seq", "embed")
     layer_cache = None if cache is None else (cache.k, cache.v, cache.router_sum)
     x_BTD, (logits, combine, residual, layer_cache) = jax.lax.scan(

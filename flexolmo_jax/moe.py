@@ -8,7 +8,9 @@ trainable one need not be joined. Routing is dropless in every dispatch.
   dense    every slot on every token, kept by selection: the reference, and the fastest when all
            slots are active (the expert stage).
   blocked  tokens sorted by slot into blocks of rows; one small matmul chain per block (CPU).
-  ragged   tokens sorted by slot; `jax.lax.ragged_dot` (a Mosaic kernel on TPU).
+  ragged   tokens sorted by slot; `jax.lax.ragged_dot`, a Mosaic kernel on TPU. Elsewhere jax lowers
+           it to a masked dense product, where a NaN in one slot reaches the rows of all others:
+           exact denial needs another dispatch there, so `resolve` refuses it.
 """
 
 import functools
@@ -31,7 +33,17 @@ BLOCK_ROWS = 128
 
 
 def resolve(moe: str, n_slots: int, n_active: int, platform: str) -> str:
-    """The dispatch that "auto" stands for: dense if every slot is active, else the platform's."""
+    """The dispatch that "auto" stands for: dense if every slot is active, else the platform's.
+
+    Raises:
+      ConfigError: "ragged" on a platform where it could not keep a denied slot out.
+    """
+    if moe == "ragged" and platform != "tpu":
+        raise ConfigError(
+            "The ragged dispatch is exact on TPU only",
+            got=f"exec.moe=ragged on {platform}",
+            fix="use exec.moe=auto, dense or blocked",
+        )
     if moe != "auto":
         return moe
     if n_active >= n_slots:

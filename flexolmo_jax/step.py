@@ -104,7 +104,7 @@ def train_step(
       the next state, and metrics (means per predicted token).
     """
     grads, sums = gradients(config, run, stage, optim, state["params"], frozen, batch)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt = optimizer.update(grads, state["opt"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     finite = jnp.isfinite(norm)
