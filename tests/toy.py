@@ -35,16 +35,22 @@ def config(**changes) -> ModelConfig:
 
 
 def params(c: ModelConfig = CONFIG, seed: int = 0) -> tree.Tree:
-    """Random parameters with a router that decides and biases that count."""
-    out = model.init_params(c, jax.random.key(seed))
-    keys = jax.random.split(jax.random.key(seed + 1), 2)
-    group = out["experts"]
-    group["router"] = jax.random.normal(keys[0], group["router"].shape)
-    group["bias"] = jax.random.normal(keys[1], group["bias"].shape)
-    # Larger weights than at initialisation, so that every part matters in the result.
-    for name in ("w_gate", "w_up", "w_down"):
-        group[name] = group[name] * 10
-    return out
+    """Random parameters with a router that decides and biases that count.
+
+    Drawn with NumPy, since compiling `model.init_params` takes seconds at any size.
+    """
+    rng = np.random.default_rng(seed)
+    # Larger experts than at initialisation, so that every part matters in the result.
+    stds = {"router": 1.0, "bias": 1.0, "w_gate": 0.2, "w_up": 0.2, "w_down": 0.2}
+
+    def draw(name, leaf):
+        last = name.split("/")[-1]
+        if last.endswith("norm"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        std = stds.get(last, model.INIT_STD)
+        return jnp.asarray(std * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return tree.map_named(draw, model.abstract_params(c))
 
 
 def batch(rows: int = 4, length: int = 32, seed: int = 0, vocab: int = 96) -> dict[str, jax.Array]:
