@@ -220,16 +220,17 @@ class RouterInitConfig:
 
     Attributes:
       method: "embedding" (the paper) projects the mean document embedding to d_model with a fixed
-        seeded orthogonal matrix and repeats it over layers; "hidden_mean" is the anchor's own mean
-        hidden state per layer on the owner's text less that on public text, and 0 for the public
-        row; "zeros" lets training find the row; "random" is the paper's control.
+        seeded orthogonal matrix and repeats it over layers. The others keep the public row at 0:
+        "discriminant" and "hidden_mean" compare the anchor's hidden states on the owner's text
+        with those on public text, per layer, as a log density ratio or a plain difference of
+        means; "zeros" lets training find the row. "random" is the paper's control.
       embedder: "hashed" (n-gram hashing, no assets) or "minilm" (all-MiniLM-L6-v2 asset).
-      documents: documents averaged, of each kind of text.
+      documents: documents (embedding) or packed rows (hidden states) looked at, of each side.
       norm: Euclidean norm that a row is scaled to; 0 leaves it as computed.
       bias: raw expert bias; the effective bias is -softplus of it.
     """
 
-    method: Literal["embedding", "hidden_mean", "zeros", "random"] = "embedding"
+    method: Literal["embedding", "discriminant", "hidden_mean", "zeros", "random"] = "embedding"
     embedder: Literal["hashed", "minilm"] = "hashed"
     documents: int = 1000
     norm: float = 0.0

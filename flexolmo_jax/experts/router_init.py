@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where router rows start: from document embeddings, or from the anchor's own hidden states.
 
-Source: paper section 3.3.1 (embeddings, the same vector in every layer); the per-layer means of
-hidden states are the paper's "public" alternative (its Table 3), made for both sides here.
+Source: paper section 3.3.1 (embeddings, the same vector in every layer). Hidden states of the
+anchor, made for both sides and per layer, are ours; the paper's Table 3 tries them for the public
+side. Nothing here sees another owner's text: a row depends on the owner's text, on public text and
+on the anchor alone.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax import model, tree
+from flexolmo_jax import model, router, tree
 from flexolmo_jax.config import ModelConfig, RouterInitConfig, RunConfig, SourceConfig
 from flexolmo_jax.data import loader, shards, tokenize
 from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.experts import embedders
 
 RANDOM_STD = 0.02
+# Share of the mean variance added to every direction, so that few documents give a stable inverse.
+SHRINKAGE = 0.1
+# A row starts with logits of at most this size on average: training can still move it.
+MAX_MEAN_LOGIT = 6.0
+# Every so many positions are kept: neighbours of a running mean say the same.
+STRIDE = 12
 _ROWS = 8
 
 
@@ -40,56 +48,92 @@ def expert_row(config: RunConfig, c: ModelConfig, anchor: tree.Tree) -> np.ndarr
       anchor: {"shared", "experts"} of the anchor.
 
     Raises:
-      ConfigError: "hidden_mean" without a public source to centre on.
+      ConfigError: a method that compares with public text, without a public source.
     """
     init = config.router_init
     own = [s for s in config.data.sources if not s.public]
-    if init.method != "hidden_mean":
+    if init.method not in ("hidden_mean", "discriminant"):
         # Another seed than the anchor's, or a random row would equal the public one.
         return _row(config, c, own, seed=config.seed + 1)
     public = _public(config.data.sources)
     if not own or not public:
         raise ConfigError(
-            "Centred hidden means need text of the owner and public text",
+            "A row that starts from hidden states needs text of the owner and public text",
             got=f"{len(own)} own and {len(public)} public source(s)",
             where="config.data.sources",
             fix="add a source with public=True, or use router_init.method=embedding",
         )
-    n_rows = -(-init.documents // len(own + public))
-    means = [
-        np.mean([hidden_mean(c, anchor, s, config.data.seq_len, n_rows) for s in side], axis=0)
+    own_LND, public_LND = (
+        np.concatenate([_inputs(config, c, anchor, s, len(side)) for s in side], axis=1)
         for side in (own, public)
-    ]
-    return _scaled(means[0] - means[1], init.norm)
+    )
+    if init.method == "hidden_mean":
+        return _scaled(own_LND.mean(1) - public_LND.mean(1), init.norm)
+    rows = [discriminant(o, p) for o, p in zip(own_LND, public_LND, strict=True)]
+    return _scaled(np.stack(rows), init.norm)
 
 
-def hidden_mean(
-    c: ModelConfig, anchor: tree.Tree, source: SourceConfig, seq_len: int, n_rows: int
+def discriminant(own_ND: np.ndarray, public_ND: np.ndarray) -> np.ndarray:
+    """Row [D] whose logit is the log density ratio of two Gaussians, the owner's against public.
+
+    Both have the covariance of *public* inputs, so the rows of owners who never met are measured
+    with one ruler: the softmax over several rows is the posterior of that model, and the largest
+    logit belongs to the nearest mean. The intercept is carried by the direction of inputs that is
+    most nearly constant, since an expert bias must not be positive.
+
+    Source: linear discriminant analysis.
+    """
+    own_ND, public_ND = own_ND.astype(np.float64), public_ND.astype(np.float64)
+    d_model = own_ND.shape[1]
+    own_D, public_D = own_ND.mean(0), public_ND.mean(0)
+    covariance = np.cov(public_ND.T)
+    covariance += SHRINKAGE * np.trace(covariance) / d_model * np.eye(d_model)
+    row_D = np.linalg.solve(covariance, own_D - public_D)
+    intercept = -row_D @ (own_D + public_D) / 2
+    both_ND = np.concatenate([own_ND, public_ND])
+    second = both_ND.T @ both_ND
+    second += 1e-3 * np.trace(second) / d_model * np.eye(d_model)
+    constant_D = np.linalg.solve(second, both_ND.sum(0))
+    row_D = row_D + intercept * constant_D
+    size = np.abs(both_ND @ row_D).mean()
+    return (row_D * min(1.0, MAX_MEAN_LOGIT / max(size, 1e-12))).astype(np.float32)
+
+
+def _inputs(
+    config: RunConfig, c: ModelConfig, anchor: tree.Tree, source: SourceConfig, n_sources: int
 ) -> np.ndarray:
-    """Mean router input of every layer [L, D] over `n_rows` rows spread over a source."""
+    """Router inputs of the anchor on a source as the router judges them, [L, N, D] float32."""
     run = model.Runtime(dispatch="dense")
+    one = c.replace(n_slots=1, n_active=1)
 
     @jax.jit
-    def total(params, tokens_BT, segments_BT):
-        out = model.forward(
-            c.replace(n_slots=1, n_active=1),
+    def judged(params, tokens_BT, segments_BT):
+        residual_LBTD = model.forward(
+            one,
             run,
             params["shared"],
             (params["experts"],),
             tokens_BT,
             segments_BT=segments_BT,
             keep_residual=True,
-        )
-        assert out.residual_LBTD is not None  # keep_residual
-        kept = (segments_BT > 0)[None, ..., None]
-        return jnp.sum(jnp.where(kept, out.residual_LBTD, 0.0), axis=(1, 2))
+        ).residual_LBTD
+        assert residual_LBTD is not None  # keep_residual asks for it
+        if c.router.context == "document":
+            means = [router.document_mean(x, segments_BT)[0] for x in residual_LBTD]
+            return jax.numpy.stack(means)
+        return residual_LBTD
 
-    batches = loader.heldout_batches(source.path, _ROWS, seq_len=seq_len, n_rows=n_rows)
-    sums, tokens = np.zeros((c.n_layers, c.d_model)), 0
+    n_rows = -(-config.router_init.documents // n_sources)
+    batches = loader.heldout_batches(
+        source.path, _ROWS, seq_len=config.data.seq_len, n_rows=n_rows, vocab_size=c.vocab_size
+    )
+    kept = []
     for batch in batches:
-        sums += np.asarray(total(anchor, batch["tokens"], batch["segments"]), np.float64)
-        tokens += int((batch["segments"] > 0).sum())
-    return (sums / max(tokens, 1)).astype(np.float32)
+        inputs = np.asarray(judged(anchor, batch["tokens"], batch["segments"]))
+        chosen = batch["segments"] > 0
+        chosen[:, np.arange(chosen.shape[1]) % STRIDE != STRIDE // 2] = False
+        kept.append(inputs[:, chosen])
+    return np.concatenate(kept, axis=1)
 
 
 def _public(sources: Sequence[SourceConfig]) -> list[SourceConfig]:
@@ -101,11 +145,11 @@ def _row(
 ) -> np.ndarray:
     init = config.router_init
     shape = (c.n_layers, c.d_model)
-    if init.method == "zeros":
-        return np.zeros(shape, np.float32)
     if init.method == "random":
         rng = np.random.default_rng(seed)
-        return _scaled(rng.normal(0.0, RANDOM_STD, shape).astype(np.float32), init.norm)
+        return _scaled(rng.normal(0.0, RANDOM_STD, shape), init.norm)
+    if init.method != "embedding":
+        return np.zeros(shape, np.float32)
     if not sources:
         raise ConfigError(
             "A router embedding needs documents",
@@ -113,21 +157,22 @@ def _row(
             fix="mark public sources with public=True and give an expert a source of its own",
         )
     vector = embedders.domain_embedding(
-        _texts(sources, init, config.tokenizer or f"{config.anchor}/tokenizer.json"),
+        _texts(sources, init, tokenize.locate(config.tokenizer or config.anchor)),
         embedders.get_embedder(init.embedder),
         init.documents,
         config.seed,
     )
     row_D = embedders.project(vector[None], c.d_model)[0]
-    return _scaled(np.tile(row_D, (c.n_layers, 1)).astype(np.float32), init.norm)
+    return _scaled(np.tile(row_D, (c.n_layers, 1)), init.norm)
 
 
-def _texts(sources: Sequence[SourceConfig], init: RouterInitConfig, tokenizer: str) -> list[str]:
+def _texts(sources: Sequence[SourceConfig], init: RouterInitConfig, tokenizer: Path) -> list[str]:
     """Documents of the sources, evenly spaced, decoded from their tokens."""
     tokens = tokenize.load(tokenizer)
+    digest = tree.file_digest(tokenizer)
     out = []
     for source in sources:
-        opened = shards.open_shards(source.path)
+        opened = shards.open_shards(source.path, tokenizer_digest=digest)
         wanted = min(-(-init.documents // len(sources)), opened.n_documents)
         for i in np.linspace(0, opened.n_documents - 1, wanted).astype(int):
             out.append(tokens.decode(opened.document(int(i)).tolist()))
@@ -136,7 +181,7 @@ def _texts(sources: Sequence[SourceConfig], init: RouterInitConfig, tokenizer: s
 
 def _scaled(rows_LD: np.ndarray, norm: float) -> np.ndarray:
     """Rows at Euclidean norm `norm`, or as they are."""
-    if not norm:
-        return rows_LD
-    length = np.linalg.norm(rows_LD, axis=-1, keepdims=True)
-    return (rows_LD * (norm / np.maximum(length, 1e-12))).astype(np.float32)
+    if norm:
+        length = np.linalg.norm(rows_LD, axis=-1, keepdims=True)
+        rows_LD = rows_LD * (norm / np.maximum(length, 1e-12))
+    return rows_LD.astype(np.float32)
