@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pages say: commands parse, paths are made before they are used, links lead somewhere."""
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from flexolmo_jax import configfile
+from flexolmo_jax.cli import main as cli
+from flexolmo_jax.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Paths in the commands of the tour; made by an option of one command, used by those of others.
+MAKES = ("--out", "--workdir", "--json")
+PATH = re.compile(r"runs/[\w./-]+")
+# What `make demo` leaves behind, as far as the tour uses it.
+FROM_THE_DEMO = {"runs/demo/data", "runs/demo/tokenizer.json", "runs/demo/data/wiki"}
+
+
+def blocks(text):
+    """Contents of the fenced shell blocks."""
+    return re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+
+
+def commands(text):
+    """Lines that call the program, in blocks and in running text, as argument lists."""
+    lines = [line for block in blocks(text) for line in block.splitlines()]
+    inside = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    found = [shlex.split(line, comments=True) for line in [*lines, *inside]]
+    # In running text a bare `flexolmo train` is a name, not a call.
+    return [words for words in found if words[:1] == ["flexolmo"] and len(words) > 2]
+
+
+def tour():
+    lines = list(re.findall(r"<!-- tour -->\n```sh\n(.*?)```", README, re.DOTALL))
+    return [shlex.split(line) for line in "".join(lines).splitlines()]
+
+
+def test_the_tour_meets_every_step():
+    met = [words[1] for words in tour()]
+    order = ["prepare", "train", "package", "stitch", "verify", "eval", "generate", "unstitch"]
+    assert list(dict.fromkeys(met)) == order
+    assert all(words[0] == "flexolmo" for words in tour())
+    assert any("--deny" in words for words in tour())
+
+
+@pytest.mark.parametrize("words", commands(README), ids=lambda words: " ".join(words[1:])[:60])
+def test_commands_of_the_readme_parse(words):
+    command, _, args = cli.parse(words[1:])
+    if command == "train":
+        config = configfile.load_run_config(args.config, args.overrides)
+        assert config.optim.warmup_steps < config.optim.last_step
+    if command == "launch":
+        configfile.load_function(args.plan, "get_plan")
+
+
+@pytest.mark.parametrize(
+    "line", ["flexolmo stich --anchor a", "flexolmo stitch --anchr a", "flexolmo eval --model m"]
+)
+def test_a_wrong_command_would_be_seen(line):
+    (words,) = commands(f"```sh\n{line}\n```")
+    with pytest.raises(ConfigError):
+        cli.parse(words[1:])
+
+
+def unmade(steps, there):
+    """Paths that a command uses before any has made them."""
+    there, missing = set(there), []
+    for words in steps:
+        makes = {after for word, after in itertools.pairwise(words) if word in MAKES}
+        text = " ".join(w for w in words if w not in makes)
+        for path in PATH.findall(text):
+            inside = any(path == p or p.startswith(path + "/") for p in there)
+            missing += [] if inside else [path]
+        there |= makes
+    return missing
+
+
+def test_the_tour_uses_only_what_is_there():
+    assert unmade(tour(), FROM_THE_DEMO) == []
+    assert unmade(reversed(tour()), FROM_THE_DEMO)
+
+
+def test_what_the_tour_takes_from_the_demo_is_made_by_it(tmp_path):
+    plan = configfile.load_function(
+        f"{ROOT}/experiments/plans/demo.py:workdir={tmp_path}", "get_plan"
+    )()
+    made = {o.removeprefix(f"{tmp_path}/") for job in plan.jobs for o in job.outputs}
+    for path in FROM_THE_DEMO:
+        name = path.removeprefix("runs/demo/")
+        assert any(o == name or o.startswith(name + "/") for o in made), path
+
+
+def test_every_command_is_named_in_the_readme():
+    for command in cli.available():
+        assert re.search(rf"\b{command}\b", README), command
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    quoted = [q for page in PAGES for q in re.findall(r"`([^`\n]+)`", page.read_text())]
+    lines = [
+        line for page in PAGES for block in blocks(page.read_text()) for line in block.splitlines()
+    ]
+    called = {m[1] for text in [*quoted, *lines] if (m := re.match(r"make (\w+)", text))}
+    assert {"demo", "test"} <= called
+    for target in called:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def anchors(text):
+    """Ids of the headings of a page, as hosts of Markdown make them."""
+    heads = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in heads}
+
+
+def broken_links(page, text):
+    out = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        where = (page.parent / path) if path else page
+        if not where.exists() or (
+            anchor and anchor not in anchors(where.read_text(encoding="utf-8"))
+        ):
+            out.append(target)
+    return out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_lead_somewhere(page):
+    assert broken_links(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_a_broken_link_would_be_seen():
+    text = "[a](nowhere.md) [b](README.md#no-such-head) [c](README.md#names) [d](https://x.y)"
+    assert broken_links(ROOT / "README.md", text) == ["nowhere.md", "README.md#no-such-head"]
+
+
+# Files of the repository that a page names in code style must exist too.
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:flexolmo_jax|tests|experiments|docs|launch)/[\w./-]+)`", text)
+    assert [n for n in named if not (ROOT / n).exists()] == []
+
+
+ABSOLUTE = re.compile(r"""(?<![\w.:/}$])/(?:home|root|work|tmp|usr|opt|mnt|Users|var)/\w""")
+REGISTRY = re.compile(r"pypi\.org|pythonhosted|registry\.npmjs|conda\.anaconda")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / "docs").glob("*.svg")], ids=lambda p: p.name)
+def test_pages_have_a_licence_line_and_no_paths_of_a_machine(page):
+    text = page.read_text(encoding="utf-8")
+    assert "SPDX-License-Identifier: Apache-2.0" in "".join(text.splitlines(keepends=True)[:2])
+    assert not ABSOLUTE.search(text) and not REGISTRY.search(text)
+
+
+def test_the_format_page_lists_every_key():
+    from flexolmo_jax.experts import manifest
+
+    text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    for key in {*manifest.SLICE_KEYS, *manifest.MODEL_KEYS}:
+        assert f"`{key}`" in text, key
+
+
+def test_the_picture_is_self_contained_and_follows_the_theme():
+    text = (ROOT / "docs" / "idea.svg").read_text(encoding="utf-8")
+    assert "prefers-color-scheme: dark" in text and "<title" in text
+    assert not re.search(r"<script|<image|href=|url\(", text)
