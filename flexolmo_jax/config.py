@@ -228,6 +228,8 @@ class RouterInitConfig:
       documents: documents (embedding) or packed rows (hidden states) looked at, of each side.
       norm: Euclidean norm that a row is scaled to; 0 leaves it as computed.
       bias: raw expert bias; the effective bias is -softplus of it.
+      recalibrate: after training, add the discriminant of the trained pair's hidden states to
+        the rows (see `experts.router_init.recalibrated_row`).
     """
 
     method: Literal["embedding", "discriminant", "hidden_mean", "zeros", "random"] = "embedding"
@@ -235,6 +237,7 @@ class RouterInitConfig:
     documents: int = 1000
     norm: float = 0.0
     bias: float = -4.0
+    recalibrate: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "documents")

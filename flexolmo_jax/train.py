@@ -294,7 +294,13 @@ def _finish(j: job.Job, state: Any, workdir: Path, summary: dict[str, Any]) -> N
         row_LD = router_init.public_row(config, j.model)
         params["experts"]["router"] = row_LD[:, None, :]
     else:
-        params = slices.take_slot(params["expert"], 0)
+        expert = params["expert"]
+        if config.router_init.recalibrate:
+            rows_LD = router_init.recalibrated_row(
+                config, j.model, j.frozen["shared"], j.frozen["public"], expert
+            )
+            expert = {**expert, "router": rows_LD[:, None, :]}
+        params = slices.take_slot(expert, 0)
     package.write_final(
         workdir,
         stage=config.stage,

@@ -109,6 +109,7 @@ class _Demo:
         slices = [str(self.root / "slices" / d) for d in common.CLOSED]
         experts = [item for s in slices for item in ("--expert", s)]
         anchor, model = str(self.root / "anchor"), str(self.root / "stitched")
+        active = ("--active", str(common.stitched_sizes()["tiny"]["n_active"]))
         rows = str(QUICK_EVAL_ROWS if self.quick else EVAL_ROWS)
         length = str(common.TINY_BATCH["seq_len"])
         evaluate = ("demo", "--only", "evaluate", "--workdir", str(self.root))
@@ -119,7 +120,7 @@ class _Demo:
         return [
             Job(
                 name="stitch",
-                command=(*PROGRAM, "stitch", "--anchor", anchor, *experts, "--out", model),
+                command=(*PROGRAM, "stitch", "--anchor", anchor, *experts, *active, "--out", model),
                 needs=("package:anchor", *(f"package:{d}" for d in common.CLOSED)),
                 inputs=(anchor, *slices),
                 outputs=(model,),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax import model, router, tree
@@ -24,6 +25,8 @@ RANDOM_STD = 0.02
 SHRINKAGE = 0.1
 # A row starts with logits of at most this size on average: training can still move it.
 MAX_MEAN_LOGIT = 6.0
+# Weight of the discriminant beside the trained row: measured best of 0.2 .. 1 (LOG.md).
+RECALIBRATION = 0.5
 # Every so many positions are kept: neighbours of a running mean say the same.
 STRIDE = 12
 _ROWS = 8
@@ -55,26 +58,70 @@ def expert_row(config: RunConfig, c: ModelConfig, anchor: tree.Tree) -> np.ndarr
     if init.method not in ("hidden_mean", "discriminant"):
         # Another seed than the anchor's, or a random row would equal the public one.
         return _row(config, c, own, seed=config.seed + 1)
+    one = c.replace(n_slots=1, n_active=1)
+    own_LND, public_LND = _both_sides(config, one, anchor["shared"], (anchor["experts"],))
+    if init.method == "hidden_mean":
+        return _scaled(own_LND.mean(1) - public_LND.mean(1), init.norm)
+    rows_LD = _discriminants(own_LND, public_LND)
+    size_L1 = np.abs(np.einsum("LND,LD->LN", own_LND, rows_LD)).mean(1, keepdims=True)
+    return _scaled(rows_LD * np.minimum(1.0, MAX_MEAN_LOGIT / size_L1), init.norm)
+
+
+def recalibrated_row(
+    config: RunConfig, c: ModelConfig, shared: tree.Tree, public: tree.Tree, expert: tree.Tree
+) -> np.ndarray:
+    """A trained expert's router rows [L, D] plus a part of the discriminant of what they now read.
+
+    Training (language model and label loss) knows the owner's boundary to public text well, but
+    says nothing of other owners' text; the discriminant measures every owner with the public
+    ruler, which is what lets rows that never met be compared. Both are log odds of "the owner's,
+    not public", made from the same two texts alone.
+
+    Args:
+      c: the two-slot architecture that the expert was trained in.
+      shared, public, expert: the frozen anchor, and the trained group of one slot.
+    """
+    sides = _both_sides(config, c, shared, (public, expert))
+    trained_LD = np.asarray(expert["router"])[:, 0]
+    return (trained_LD + RECALIBRATION * _discriminants(*sides)).astype(np.float32)
+
+
+def _both_sides(
+    config: RunConfig, c: ModelConfig, shared: tree.Tree, groups: tuple[tree.Tree, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Router inputs [L, N, D] on the owner's text and on public text.
+
+    Raises:
+      ConfigError: one of the two is missing.
+    """
+    own = [s for s in config.data.sources if not s.public]
     public = _public(config.data.sources)
     if not own or not public:
         raise ConfigError(
-            "A row that starts from hidden states needs text of the owner and public text",
+            "A row that reads hidden states needs text of the owner and public text",
             got=f"{len(own)} own and {len(public)} public source(s)",
             where="config.data.sources",
             fix="add a source with public=True, or use router_init.method=embedding",
         )
-    own_LND, public_LND = (
-        np.concatenate([_inputs(config, c, anchor, s, len(side)) for s in side], axis=1)
-        for side in (own, public)
-    )
-    if init.method == "hidden_mean":
-        return _scaled(own_LND.mean(1) - public_LND.mean(1), init.norm)
-    rows = [discriminant(o, p) for o, p in zip(own_LND, public_LND, strict=True)]
-    return _scaled(np.stack(rows), init.norm)
+
+    def inputs(side: list[SourceConfig]) -> np.ndarray:
+        n_rows = -(-config.router_init.documents // len(side))
+        seq_len = config.data.seq_len
+        return np.concatenate(
+            [_inputs(c, shared, groups, s, seq_len, n_rows) for s in side], axis=1
+        )
+
+    return inputs(own), inputs(public)
+
+
+def _discriminants(own_LND: np.ndarray, public_LND: np.ndarray) -> np.ndarray:
+    """`discriminant` of every layer, [L, D]."""
+    pairs = zip(own_LND, public_LND, strict=True)
+    return np.stack([discriminant(own, public) for own, public in pairs])
 
 
 def discriminant(own_ND: np.ndarray, public_ND: np.ndarray) -> np.ndarray:
-    """Row [D] whose logit is the log density ratio of two Gaussians, the owner's against public.
+    """Router row [D] whose logit is the log density ratio of two Gaussians, own against public.
 
     Both have the covariance of *public* inputs, so the rows of owners who never met are measured
     with one ruler: the softmax over several rows is the posterior of that model, and the largest
@@ -94,42 +141,37 @@ def discriminant(own_ND: np.ndarray, public_ND: np.ndarray) -> np.ndarray:
     second = both_ND.T @ both_ND
     second += 1e-3 * np.trace(second) / d_model * np.eye(d_model)
     constant_D = np.linalg.solve(second, both_ND.sum(0))
-    row_D = row_D + intercept * constant_D
-    size = np.abs(both_ND @ row_D).mean()
-    return (row_D * min(1.0, MAX_MEAN_LOGIT / max(size, 1e-12))).astype(np.float32)
+    return row_D + intercept * constant_D
 
 
 def _inputs(
-    config: RunConfig, c: ModelConfig, anchor: tree.Tree, source: SourceConfig, n_sources: int
+    c: ModelConfig,
+    shared: tree.Tree,
+    groups: tuple[tree.Tree, ...],
+    source: SourceConfig,
+    seq_len: int,
+    n_rows: int,
 ) -> np.ndarray:
-    """Router inputs of the anchor on a source as the router judges them, [L, N, D] float32."""
+    """Router inputs of a model on a source as the router judges them, [L, N, D] float32."""
     run = model.Runtime(dispatch="dense")
-    one = c.replace(n_slots=1, n_active=1)
 
     @jax.jit
-    def judged(params, tokens_BT, segments_BT):
+    def judged(shared, groups, tokens_BT, segments_BT):
         residual_LBTD = model.forward(
-            one,
-            run,
-            params["shared"],
-            (params["experts"],),
-            tokens_BT,
-            segments_BT=segments_BT,
-            keep_residual=True,
+            c, run, shared, groups, tokens_BT, segments_BT=segments_BT, keep_residual=True
         ).residual_LBTD
         assert residual_LBTD is not None  # keep_residual asks for it
         if c.router.context == "document":
             means = [router.document_mean(x, segments_BT)[0] for x in residual_LBTD]
-            return jax.numpy.stack(means)
+            return jnp.stack(means)
         return residual_LBTD
 
-    n_rows = -(-config.router_init.documents // n_sources)
     batches = loader.heldout_batches(
-        source.path, _ROWS, seq_len=config.data.seq_len, n_rows=n_rows, vocab_size=c.vocab_size
+        source.path, _ROWS, seq_len=seq_len, n_rows=n_rows, vocab_size=c.vocab_size
     )
     kept = []
     for batch in batches:
-        inputs = np.asarray(judged(anchor, batch["tokens"], batch["segments"]))
+        inputs = np.asarray(judged(shared, groups, batch["tokens"], batch["segments"]))
         chosen = batch["segments"] > 0
         chosen[:, np.arange(chosen.shape[1]) % STRIDE != STRIDE // 2] = False
         kept.append(inputs[:, chosen])
