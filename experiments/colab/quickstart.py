@@ -208,13 +208,17 @@ def source(domain: str, weight: float = 1.0) -> SourceConfig:
 def job(sources: tuple[SourceConfig, ...], steps: int, lr: float, **other) -> RunConfig:
     """One training job with the settings that all jobs here share."""
     optim = OptimConfig(
-        peak_lr=lr, total_steps=steps, warmup_steps=steps // 8, router_label_loss=0.3
+        peak_lr=lr,
+        total_steps=steps,
+        warmup_steps=steps // 8,
+        router_z_loss=0.0,
+        router_label_loss=1.0,
     )
     return RunConfig(
         data=DataConfig(sources=sources, seq_len=SEQ_LEN, batch_rows=BATCH_ROWS),
         optim=optim,
         exec=ExecConfig(compute_dtype="float32"),
-        router_init=RouterInitConfig(method="hidden_mean", documents=64),
+        router_init=RouterInitConfig(method="discriminant", documents=64, recalibrate=True),
         log_every=5,
         **other,
     )
@@ -233,7 +237,9 @@ print(f"{summary['steps']} steps in {summary['seconds']:.0f} s, loss {summary['l
 # An expert starts as a copy of the public FFN and trains beside the frozen anchor. Nothing but its
 # FFN, its router rows and its biases moves: the anchor's leaves are a separate tree that the
 # gradient never sees. A quarter of public text in the batches, and a loss that asks the router row
-# "is this token the owner's?", teach the row where to be quiet.
+# "is this token the owner's?", teach the row where to be quiet. Where a row starts, and how it is
+# corrected at the end, is a log density ratio of hidden states on own and on public text: nobody
+# needs another owner's text for rows that can be compared.
 #
 # What is shipped is the **slice**: these leaves and a manifest. No text, no optimizer state.
 
@@ -283,9 +289,9 @@ for row in plan.slots:
 # Opt-out is an **input**: one boolean per slot. The same compiled program serves the anchor alone,
 # all experts, and all but one.
 #
-# After so short a training the rows still mistake some kitchen text for the harbour's, so kitchen
-# text gets better when the harbour is denied. What matters is the other side: denying an owner
-# brings that owner's text back to about where the anchor is.
+# After so short a training the rows still mistake some of one owner's text for the other's, so it
+# gets better when the other is denied. What matters is the own side: denying an owner brings that
+# owner's text back to about where the anchor is.
 
 # %%
 m = inference.open_model(STITCHED)
