@@ -24,8 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a tokenizer.json, a folder with one, or dolma2; with --train-tokenizer, a new file",
     )
     parser.add_argument("--out", metavar="DIR", help="where the shards go; must not exist")
-    parser.add_argument("--split", default="train", help="train, heldout or all (default: train)")
-    parser.add_argument("--max-bytes", type=int, metavar="N", help="bytes of text per source")
+    parser.add_argument(
+        "--split", default="train", help="train, tuning, heldout or all (default: train)"
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        help="bytes of text per source at most; whole documents only, so it may be less",
+    )
     parser.add_argument("--seed", type=int, default=0, help="choice and order of the documents")
     parser.add_argument(
         "--train-tokenizer",

@@ -18,15 +18,16 @@ from flexolmo_jax.data import readers, textfiles
 from flexolmo_jax.data.readers import Entry
 from flexolmo_jax.errors import ConfigError, nearest
 
-Split = Literal["train", "heldout", "all"]
-SPLITS = ("train", "heldout", "all")
+Split = Literal["train", "tuning", "heldout", "all"]
+SPLITS = ("train", "tuning", "heldout", "all")
 
 PUBLIC = ("howto", "wiki", "techdocs")
 CLOSED = ("code", "news", "legal", "government", "academic", "religious")
 UNSEEN = ("math", "biomed")  # nobody trains on these
 
-# Share of the groups that is held out, unless the domain has a rule of its own below.
-_HELDOUT_FRAC = 0.1
+# Shares of the groups, unless the domain has a rule of its own below. A recipe is chosen on the
+# tuning split and reported on held-out text, which nothing was ever chosen on.
+_HELDOUT_FRAC, _TUNING_FRAC = 0.1, 0.05
 _NEWS_CUT = "2017-03-17"  # the last two weeks: later news than any that was trained on
 # Corpora in which paragraphs repeat from document to document.
 _DROP_REPEATS = ("legal", "techdocs")
@@ -73,7 +74,7 @@ def read(
     if max_bytes is not None and max_bytes <= 0:
         raise ConfigError("max_bytes must be positive", got=max_bytes)
     parts = _parts(source, None if root is None else str(root))
-    chosen = [e for name in SPLITS[:2] if split in (name, "all") for e in parts[name]]
+    chosen = [e for name in SPLITS[:3] if split in (name, "all") for e in parts[name]]
     return _budget(chosen, max_bytes, seed)
 
 
@@ -101,9 +102,9 @@ def split_entries(domain: str, entries: Iterable[Entry]) -> dict[str, tuple[Entr
 
     Training text goes first: what is left to test on was then never trained on.
     """
-    parts: dict[str, list[Entry]] = {"train": [], "heldout": []}
+    parts: dict[str, list[Entry]] = {name: [] for name in SPLITS[:3]}
     for entry in entries:
-        parts["heldout" if _is_heldout(domain, entry.group) else "train"].append(entry)
+        parts[split_of(domain, entry.group)].append(entry)
     paragraphs: set[bytes] = set()
     documents: set[bytes] = set()
     out = {}
@@ -118,7 +119,8 @@ def split_entries(domain: str, entries: Iterable[Entry]) -> dict[str, tuple[Entr
                 kept.append(entry)
         out[name] = tuple(kept)
     if domain in _DROP_NEAR_COPIES:
-        out["heldout"] = tuple(_without_near_copies(out["heldout"], out["train"]))
+        for name in ("tuning", "heldout"):
+            out[name] = tuple(_without_near_copies(out[name], out["train"]))
     return out
 
 
@@ -158,13 +160,20 @@ def _without_near_copies(entries: Iterable[Entry], trained: Iterable[Entry]) -> 
             yield entry
 
 
-def _is_heldout(domain: str, group: str) -> bool:
-    if domain == "news":
-        return group >= _NEWS_CUT
-    if domain == "government":
-        return group.endswith("7")  # every tenth year: spread over 230 years of changing language
+def split_of(domain: str, group: str) -> str:
+    """The split of a group: "train", "tuning" or "heldout"."""
     label = domain if is_domain(domain) else "file"
-    return _unit(f"{label}:{group}") < _HELDOUT_FRAC
+    unit = _unit(f"split:{label}:{group}")
+    if domain == "news":
+        if group < _NEWS_CUT:
+            return "train"
+        return "tuning" if unit < 1 / 3 else "heldout"
+    if domain == "government":
+        # Every tenth year each: spread over 230 years of changing language.
+        return {"7": "heldout", "3": "tuning"}.get(group[-1], "train")
+    if unit < _HELDOUT_FRAC:
+        return "heldout"
+    return "tuning" if unit < _HELDOUT_FRAC + _TUNING_FRAC else "train"
 
 
 def _unit(key: str) -> float:
