@@ -7,6 +7,7 @@ is digested and shipped with it); `ExecConfig` is how a machine computes it and 
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from typing import Any, Literal, TypeVar
 from flexolmo_jax.errors import ConfigError, nearest
 
 T = TypeVar("T")
+# An expert's name is a folder's name, a key and an option's value.
+EXPERT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -279,6 +282,13 @@ class RunConfig:
                     "An expert job needs an anchor and an expert id",
                     got=f"anchor={self.anchor!r}, expert_id={self.expert_id!r}",
                     fix="set --config.anchor and --config.expert_id",
+                )
+            if not EXPERT_ID.fullmatch(self.expert_id) or self.expert_id == "public":
+                raise ConfigError(
+                    "Not a name for an expert",
+                    got=repr(self.expert_id),
+                    expected="lower-case letters, digits, '-' and '_', and not 'public'",
+                    where="RunConfig.expert_id",
                 )
             if self.model is not None:
                 raise ConfigError(

@@ -43,7 +43,7 @@ class FlexOlmoError(Exception):
         if where is not None:
             parts.append(f"Where: {where}.")
         if fix is not None:
-            parts.append(f"To do: {fix.rstrip('.')}.")
+            parts.append(f"To do: {fix if fix.endswith('?') else fix.rstrip('.') + '.'}")
         super().__init__(" ".join(parts))
 
 

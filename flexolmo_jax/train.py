@@ -28,7 +28,7 @@ logger = logging.getLogger("flexolmo")
 # A step that is not finite changes nothing; this many in a row mean that the run has diverged.
 MAX_SKIPPED = 3
 # Settings that change no bit of the result, so a resumed run may have others.
-FREE_KEYS = ("log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
+FREE_KEYS = ("exec", "log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
 
 
 def fit(config: RunConfig, workdir: Path) -> dict[str, Any]:
@@ -84,13 +84,11 @@ def _refuse_other(workdir: Path, config: RunConfig) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    # Through JSON, where tuples and lists are the same.
-    mine = json.loads(json.dumps(dataclasses.asdict(config)))
-    theirs = json.loads(path.read_text())
+    mine, theirs = _settings(dataclasses.asdict(config)), _settings(json.loads(path.read_text()))
     changed = [
         f"{key} was {theirs.get(key)!r}, is {mine.get(key)!r}"
-        for key in sorted({*mine, *theirs} - {"exec", *FREE_KEYS})
-        if mine.get(key) != theirs.get(key)
+        for key in sorted({*mine, *theirs})
+        if mine.get(key) != theirs.get(key) and key.split(".")[0] not in FREE_KEYS
     ]
     if changed:
         raise ConfigError(
@@ -99,6 +97,17 @@ def _refuse_other(workdir: Path, config: RunConfig) -> None:
             where=path,
             fix="choose another workdir, or repeat the configuration that it was started with",
         )
+
+
+def _settings(value: Any, key: str = "") -> dict[str, Any]:
+    """Dotted key to value; a path is compared by what it leads to, not by how it is spelt."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        nested = [_settings(v, f"{key}.{k}" if key else str(k)) for k, v in items]
+        return {k: v for part in nested for k, v in part.items()}
+    if value and key.split(".")[-1] in ("path", "anchor", "tokenizer"):
+        value = str(Path(value).resolve())
+    return {key: value}
 
 
 def _restore(j: job.Job, checkpoints: RunCheckpoints, iterator: grain.DatasetIterator) -> Any:
@@ -208,6 +217,7 @@ class Loop:
                 fix="lower the learning rate or look at the batches of these steps",
             )
         config = self.job.config
+        self._clock.started(number)
         if number % config.log_every == 0 or number == config.optim.last_step:
             values |= self._clock.tick(number)
             self.last = {k: round(v, 6) for k, v in values.items()}
@@ -244,7 +254,7 @@ class _Clock:
         peak, self.source = metrics.peak_flops(j.mesh.devices.flat[0])
         self._peak = peak * j.mesh.size
         self._last_step, self._total = start, config.optim.last_step
-        self._time = time.perf_counter()
+        self._time, self._cold = time.perf_counter(), True
         logger.info(
             "MFU: %.3g model FLOPs per token (frozen parts have no weight gradient) over "
             "%.3g FLOP/s (%s)",
@@ -252,6 +262,11 @@ class _Clock:
             self._peak,
             self.source,
         )
+
+    def started(self, number: int) -> None:
+        """Starts over after the first step of this process, which compiled."""
+        if self._cold:
+            self._last_step, self._time, self._cold = number, time.perf_counter(), False
 
     def tick(self, number: int) -> dict[str, float]:
         now = time.perf_counter()

@@ -59,7 +59,7 @@ def test_other_slices_give_another_model(world, tmp_path):
     other = make_slice(tmp_path / "code", world.anchor, "code", seed=99)
     digests.add(stitch.plan(world.anchor.path, [other.path, *world.paths[1:]]).model_digest)
     digests.add(stitch.plan(world.anchor.path, world.paths, slots=9).model_digest)
-    digests.add(stitch.plan(world.anchor.path, world.paths, active=2).model_digest)
+    digests.add(stitch.plan(world.anchor.path, world.paths, active=3).model_digest)
     assert len(digests) == 8 + 3
 
 
@@ -129,8 +129,8 @@ def test_capacity_and_active_experts(world):
 
     assert sizes([]) == (1, 1)
     assert sizes(world.paths[:1]) == (2, 2)
-    assert sizes(world.paths) == (4, 3)
-    assert sizes(world.paths, slots=8) == (8, 3)
+    assert sizes(world.paths) == (4, 2)
+    assert sizes(world.paths, slots=8) == (8, 2)
     assert sizes(world.paths, active=4) == (4, 4)
     for options in ({"active": 5}, {"active": 0}, {"slots": 0}, {"slots": 4, "like": "x"}):
         with pytest.raises(ConfigError):
@@ -171,7 +171,7 @@ def test_a_plan_reads_no_weights_and_writes_nothing(world, tmp_path, monkeypatch
         ["2", "math"],
         ["3", "news"],
     ]
-    assert lines[5].startswith("3 active of 4 slots")
+    assert lines[5].startswith("2 active of 4 slots")
     assert len({line.index("/") for line in lines[1:5]}) == 1  # aligned
 
 

@@ -279,7 +279,7 @@ def test_refused_before_the_first_step(texts, tmp_path, changes, message):
     assert not (tmp_path / "w/config.json").exists()
 
 
-@pytest.mark.parametrize("method", ["embedding", "hidden_mean", "zeros", "random"])
+@pytest.mark.parametrize("method", ["embedding", "hidden_mean", "discriminant", "zeros", "random"])
 def test_router_rows_start_as_asked(texts, anchor, tmp_path, method):
     init = RouterInitConfig(method=method, documents=8, norm=0.0 if method == "zeros" else 2.0)
     config = expert_config(texts, anchor, router_init=init)

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--like", type=Path, metavar="M0", help="take capacity and positions from this model"
     )
     parser.add_argument(
-        "--active", type=int, metavar="K", help="experts per token (default: all, at most 3)"
+        "--active", type=int, metavar="K", help="experts per token (default: 2, or as --like)"
     )
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan only")
 
@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.out is None and not args.dry_run:
         raise ConfigError("--out is missing", fix="name a new directory, or add --dry-run")
+    if args.out is not None and args.out.exists() and not args.dry_run:
+        raise ConfigError("The output exists already", where=args.out, fix="name a new directory")
     plan = stitch.plan(
         args.anchor, args.experts, slots=args.slots, like=args.like, active=args.active
     )

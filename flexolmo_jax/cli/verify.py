@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.cli import main as frame
-from flexolmo_jax.errors import RefusedError
+from flexolmo_jax.errors import ConfigError, RefusedError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.experts import verify
 
     started = time.perf_counter()
+    if not (args.path / "flexolmo.json").exists():
+        raise ConfigError(
+            "There is no anchor, slice or model here",
+            where=args.path,
+            expected="a directory with flexolmo.json",
+            fix="name such a directory; a training run becomes one with flexolmo package",
+        )
     problems = verify.verify(args.path)
     result = {
         "ok": not problems,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax import tree as trees
-from flexolmo_jax.config import ModelConfig, from_dict
+from flexolmo_jax.config import EXPERT_ID, ModelConfig, from_dict
 from flexolmo_jax.errors import ConfigError, Problem
 from flexolmo_jax.files import PART, write_text
 
@@ -23,7 +23,6 @@ MAX_BYTES = 16 << 20
 MAX_DEPTH = 16
 DTYPES = {"float32": 4, "bfloat16": 2}
 PUBLIC = "public"
-SLUG = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 LEAF = re.compile(r"[a-z0-9_]{1,63}(/[a-z0-9_]{1,63}){0,7}")
 # Names under which training state travels; none of it may leave its owner.
@@ -199,7 +198,7 @@ def is_count(value: Any) -> bool:
 
 def is_slug(value: Any) -> bool:
     """Whether a value may be an expert id."""
-    return isinstance(value, str) and bool(SLUG.fullmatch(value))
+    return isinstance(value, str) and bool(EXPERT_ID.fullmatch(value))
 
 
 def _check_leaves(leaves: Any, path: str) -> list[Problem]:

@@ -7,6 +7,7 @@ side. Nothing here sees another owner's text: a row depends on the owner's text,
 on the anchor alone.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -153,29 +154,34 @@ def _inputs(
     n_rows: int,
 ) -> np.ndarray:
     """Router inputs of a model on a source as the router judges them, [L, N, D] float32."""
-    run = model.Runtime(dispatch="dense")
-
-    @jax.jit
-    def judged(shared, groups, tokens_BT, segments_BT):
-        residual_LBTD = model.forward(
-            c, run, shared, groups, tokens_BT, segments_BT=segments_BT, keep_residual=True
-        ).residual_LBTD
-        assert residual_LBTD is not None  # keep_residual asks for it
-        if c.router.context == "document":
-            means = [router.document_mean(x, segments_BT)[0] for x in residual_LBTD]
-            return jnp.stack(means)
-        return residual_LBTD
-
     batches = loader.heldout_batches(
         source.path, _ROWS, seq_len=seq_len, n_rows=n_rows, vocab_size=c.vocab_size
     )
     kept = []
     for batch in batches:
-        inputs = np.asarray(judged(shared, groups, batch["tokens"], batch["segments"]))
+        inputs = np.asarray(_judged(c, shared, groups, batch["tokens"], batch["segments"]))
         chosen = batch["segments"] > 0
         chosen[:, np.arange(chosen.shape[1]) % STRIDE != STRIDE // 2] = False
         kept.append(inputs[:, chosen])
     return np.concatenate(kept, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judged(c: ModelConfig, shared, groups, tokens_BT, segments_BT) -> jax.Array:
+    """Router inputs [L, B, T, D] of one batch, averaged over the document where the router does."""
+    residual_LBTD = model.forward(
+        c,
+        model.Runtime(dispatch="dense"),
+        shared,
+        groups,
+        tokens_BT,
+        segments_BT=segments_BT,
+        keep_residual=True,
+    ).residual_LBTD
+    assert residual_LBTD is not None  # keep_residual asks for it
+    if c.router.context == "document":
+        return jnp.stack([router.document_mean(x, segments_BT)[0] for x in residual_LBTD])
+    return residual_LBTD
 
 
 def _public(sources: Sequence[SourceConfig]) -> list[SourceConfig]:

@@ -19,7 +19,7 @@ from flexolmo_jax.experts import model_dir
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import atomic_directory, copy_listed, list_files
 
-DEFAULT_ACTIVE = 3
+DEFAULT_ACTIVE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def plan(
       slots: capacity, the public expert included; None is as many as needed.
       like: a model whose capacity, positions and active experts to take; an expert that is not
         given leaves its slot empty, a new one takes the first free slot.
-      active: experts per token; None is all up to three, or those of `like`.
+      active: experts per token; None is two (or one), or those of `like`.
 
     Raises:
       RefusedError: every problem of every slice.
