@@ -43,7 +43,7 @@ def root(tmp_path_factory):
     paths = [root / "slices" / name for name in ("code", "news")]
     for seed, path in enumerate(paths, 1):
         expert_helpers.make_slice(path, info, path.name, seed)
-    stitch.execute(stitch.plan(root / "anchor", paths), root / "stitched")
+    stitch.execute(stitch.plan(root / "anchor", paths, active=3), root / "stitched")
     return root
 
 

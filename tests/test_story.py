@@ -131,7 +131,7 @@ def world(tmp_path_factory):
             folder.with_suffix(".elsewhere").rename(folder)
 
     slices = [root / "slices" / owner for owner in OWNERS]
-    stitch.execute(stitch.plan(root / "anchor", slices), root / "model")
+    stitch.execute(stitch.plan(root / "anchor", slices, active=2), root / "model")
     return types.SimpleNamespace(
         root=root, data=root / "data", anchor=root / "anchor", model=root / "model", slices=slices
     )
@@ -194,7 +194,7 @@ def test_what_an_owner_ships_comes_back_as_it_was(world):
     assert content(out) == content(world.slices[1])
     # An owner who leaves and comes back finds the model it left, whatever the order of the slices.
     again = world.root / "again"
-    stitch.execute(stitch.plan(world.anchor, [out, world.slices[0]]), again)
+    stitch.execute(stitch.plan(world.anchor, [out, world.slices[0]], active=2), again)
     assert content(again) == content(world.model)
 
 
