@@ -231,8 +231,8 @@ class RouterInitConfig:
       documents: documents (embedding) or packed rows (hidden states) looked at, of each side.
       norm: Euclidean norm that a row is scaled to; 0 leaves it as computed.
       bias: raw expert bias; the effective bias is -softplus of it.
-      recalibrate: after training, add the discriminant of the trained pair's hidden states to
-        the rows (see `experts.router_init.recalibrated_row`).
+      recalibrate: after training, fit rows and biases for a model of many owners (see
+        `experts.router_init.recalibrate`).
     """
 
     method: Literal["embedding", "discriminant", "hidden_mean", "zeros", "random"] = "embedding"

@@ -311,10 +311,10 @@ def _finish(j: job.Job, state: Any, workdir: Path, summary: dict[str, Any]) -> N
     else:
         expert = params["expert"]
         if config.router_init.recalibrate:
-            rows_LD = router_init.recalibrated_row(
-                config, j.model, j.frozen["shared"], j.frozen["public"], expert
+            frozen = j.frozen
+            expert = router_init.recalibrate(
+                config, j.model, frozen["shared"], frozen["public"], expert
             )
-            expert = {**expert, "router": rows_LD[:, None, :]}
         params = slices.take_slot(expert, 0)
     package.write_final(
         workdir,

@@ -26,8 +26,9 @@ RANDOM_STD = 0.02
 SHRINKAGE = 0.1
 # A row starts with logits of at most this size on average: training can still move it.
 MAX_MEAN_LOGIT = 6.0
-# Weight of the discriminant beside the trained row: measured best of 0.2 .. 1 (LOG.md).
-RECALIBRATION = 0.5
+# Weight of the discriminant beside the trained row, and what the effective biases are lowered
+# by (nats): chosen on the tuning text of seed 0 (LOG.md).
+RECALIBRATION, MARGIN = 0.25, 1.0
 # Every so many positions are kept: neighbours of a running mean say the same.
 STRIDE = 12
 _ROWS = 8
@@ -68,23 +69,32 @@ def expert_row(config: RunConfig, c: ModelConfig, anchor: tree.Tree) -> np.ndarr
     return _scaled(rows_LD * np.minimum(1.0, MAX_MEAN_LOGIT / size_L1), init.norm)
 
 
-def recalibrated_row(
+def recalibrate(
     config: RunConfig, c: ModelConfig, shared: tree.Tree, public: tree.Tree, expert: tree.Tree
-) -> np.ndarray:
-    """A trained expert's router rows [L, D] plus a part of the discriminant of what they now read.
+) -> tree.Tree:
+    """A trained expert with router rows and biases that suit a model of many owners.
 
     Training (language model and label loss) knows the owner's boundary to public text well, but
-    says nothing of other owners' text; the discriminant measures every owner with the public
-    ruler, which is what lets rows that never met be compared. Both are log odds of "the owner's,
-    not public", made from the same two texts alone.
+    says nothing of other owners' text. The rows get a part of the discriminant of what they now
+    read, which measures every owner with the public ruler: that is what lets rows that never met
+    be compared. Both are log odds of "the owner's, not public", made from the same two texts
+    alone. The biases get a margin, so that text which speaks for nobody stays public: several
+    owners together would otherwise outweigh the public expert.
 
     Args:
       c: the two-slot architecture that the expert was trained in.
       shared, public, expert: the frozen anchor, and the trained group of one slot.
     """
-    sides = _both_sides(config, c, shared, (public, expert))
-    trained_LD = np.asarray(expert["router"])[:, 0]
-    return (trained_LD + RECALIBRATION * _discriminants(*sides)).astype(np.float32)
+    rows_LD = _discriminants(*_both_sides(config, c, shared, (public, expert)))
+    router_LED = np.asarray(expert["router"]) + RECALIBRATION * rows_LD[:, None]
+    # Effective biases are -softplus of the raw ones: this is its inverse at the lowered value.
+    lowered_LE = np.logaddexp(0.0, np.asarray(expert["bias"], np.float64)) + MARGIN
+    bias_LE = lowered_LE + np.log(-np.expm1(-lowered_LE))
+    return {
+        **expert,
+        "router": router_LED.astype(np.float32),
+        "bias": bias_LE.astype(np.float32),
+    }
 
 
 def _both_sides(
