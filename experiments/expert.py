@@ -20,6 +20,7 @@ negative takes the recipe's).
 from ml_collections import ConfigDict
 
 from experiments import common
+from flexolmo_jax.errors import ConfigError
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -39,6 +40,12 @@ def get_config(arg: str = "") -> ConfigDict:
         share = common.TINY_PUBLIC_SHARE if a.size == "tiny" else 0.0
     own = a.own or f"runs/demo/data/{a.expert}"
     public = a.public.split("+") if a.public else []
+    if share > 0 and not public:
+        raise ConfigError(
+            "This recipe mixes public text into the batches, and none is given",
+            got=f"public_share={share}",
+            fix="name it with public=DIR, or set public_share=0",
+        )
     config = common.base("expert", a.size)
     config.anchor = a.anchor
     config.expert_id = a.expert
