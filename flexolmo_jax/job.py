@@ -84,6 +84,13 @@ def build(config: RunConfig) -> Job:
 
 def _anchor_job(config: RunConfig, grid: Mesh) -> Job:
     assert config.model is not None  # RunConfig refuses an anchor job without one
+    if config.model.n_slots != 1:
+        raise ConfigError(
+            "An anchor is dense: experts come by stitching, not by training together",
+            got=f"n_slots={config.model.n_slots}",
+            expected="n_slots=1",
+            where="RunConfig.model",
+        )
     c = stages.stage_model("anchor", config.model)
     init = functools.partial(model.init_params, c, jax.random.key(config.seed))
     trainable, _ = jax.eval_shape(lambda: stages.split_anchor(init()))

@@ -280,6 +280,7 @@ def test_three_bad_steps_stop_the_run(texts, anchor, tmp_path, monkeypatch):
         ({"data": DataConfig(sources=(SourceConfig("x"),), batch_rows=9)}, "does not divide"),
         ({"exec": ExecConfig(mesh_data=3)}, "does not fit the devices"),
         ({"tokenizer": "nowhere.json"}, "tokenizer"),
+        ({"model": toy.config()}, "An anchor is dense"),
     ],
 )
 def test_refused_before_the_first_step(texts, tmp_path, changes, message):

@@ -3,7 +3,7 @@
 
 Command: flexolmo launch --plan experiments/plans/demo.py:workdir=runs/demo
     (`flexolmo demo` runs the same plan, fetches the assets first and writes the report.)
-Cost:    about ten minutes on two CPU cores; quick=true takes a few minutes and proves the path only.
+Cost:    about ten minutes on two CPU cores; quick=true a few minutes, to prove the path only.
 
 Each owner's jobs are given the anchor, that owner's text and public text, and nothing else.
 """
