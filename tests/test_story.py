@@ -163,6 +163,16 @@ def test_a_denied_expert_is_as_if_it_had_never_been(world):
     assert denied["routing"] == without["routing"]
     assert denied["allowed"] == without["allowed"] == ["public", "cook"]
 
+    # One loaded model serves both kinds of request: there the sailor's weights lie in memory.
+    whole, alone = inference.open_model(world.model), inference.open_model(never)
+    text = world.data / "sailor/heldout"
+    score = inference.score_domain(
+        whole, text, allowed=whole.allowed(deny=["sailor"]), n_rows=8, seq_len=LENGTH
+    )
+    other = inference.score_domain(alone, text, allowed=alone.allowed(), n_rows=8, seq_len=LENGTH)
+    assert score.nats == other.nats
+    np.testing.assert_array_equal(score.weight_LE, other.weight_LE)
+
     prompts = [write(data_helpers.words(0))[:12] for write in ALPHABETS.values()]
     assert say(world.model, prompts, deny=["sailor"]) == say(never, prompts)
     assert bits_per_byte(world.model, world.data)["sailor"] < denied["bpb"]["sailor"]["value"]

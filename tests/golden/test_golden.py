@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must not change unseen: partitions of all parameters, and numbers at toy size.
 
-Mutations seen: PARAM_RULES with "ffn" on `data`; loss of the mean over rows in place of tokens;
-q_norm left out; AdamW's epsilon 1e-6; another order of the draws at initialisation.
+Mutations seen: PARAM_RULES without "ffn"; a step divided by all positions in place of predicted
+ones; q_norm left out; AdamW's epsilon 1e-6; another order of the draws at initialisation.
 """
 
 import difflib
