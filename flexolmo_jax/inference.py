@@ -153,7 +153,7 @@ def evaluate_model(
     tasks: Sequence[str] = TASKS,
     n_rows: int = 0,
 ) -> dict[str, Any]:
-    """Result of `flexolmo eval`: bits per byte and routing shares per domain."""
+    """Result of `flexolmo eval`: bits per byte per domain, and routing over all layers and each."""
     for task in tasks:
         if task not in TASKS:
             raise ConfigError("Unknown task", got=task, fix=nearest(task, TASKS))
@@ -166,12 +166,14 @@ def evaluate_model(
         "active": n_active,
         "bpb": {},
         "routing": {},
+        "routing_layers": {},
         "digests": {"model": m.info.model_digest, "anchor": m.info.anchor_digest},
     }
     for domain, where in heldout_sets(data).items():
         score = score_domain(m, where, allowed=allowed, n_active=n_active, n_rows=n_rows)
         out["bpb"][domain] = score.summary()
         out["routing"][domain] = shares(score, m.slots)
+        out["routing_layers"][domain] = layer_table(score, m.slots)
         logger.info("%-12s %.4f bits per byte", domain, score.bits_per_byte)
     return out
 
@@ -199,6 +201,19 @@ def layer_shares(score: evaluate.Score, slots: Mapping[str, int]) -> list[dict[s
     return [
         {expert: float(row[slot] / row.sum()) for expert, slot in slots.items()}
         for row in score.weight_LE
+    ]
+
+
+def layer_table(score: evaluate.Score, slots: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Per layer and expert: share of the tokens it served, and its mean weight in the mixture."""
+    assert score.load_LE is not None
+    weights = layer_shares(score, slots)
+    return [
+        {
+            expert: {"share": float(load[slot] / score.tokens), "weight": weight[expert]}
+            for expert, slot in slots.items()
+        }
+        for load, weight in zip(score.load_LE, weights, strict=True)
     ]
 
 

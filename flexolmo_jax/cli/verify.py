@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.cli import main as frame
-from flexolmo_jax.errors import ConfigError, RefusedError
+from flexolmo_jax.errors import CheckpointError, RefusedError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     started = time.perf_counter()
     if not (args.path / "flexolmo.json").exists():
-        raise ConfigError(
+        raise CheckpointError(
             "There is no anchor, slice or model here",
             where=args.path,
             expected="a directory with flexolmo.json",
