@@ -147,7 +147,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with the paper's recipe as default (reference training scripts, FLEXOLMO notes 2.2).
+    """AdamW with the paper's recipe as default (allenai/FlexOlmo 17360c0).
 
     Attributes:
       total_steps: length of the cosine, optimizer steps.
@@ -219,7 +219,7 @@ class ExecConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RouterInitConfig:
-    """Where router rows and biases start (paper section 3.3.1; FLEXOLMO notes 2.3).
+    """Where router rows and biases start (paper section 3.3.1).
 
     Attributes:
       method: "embedding" (the paper) projects the mean document embedding to d_model with a fixed

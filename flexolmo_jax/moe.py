@@ -48,7 +48,7 @@ def resolve(moe: str, n_slots: int, n_active: int, platform: str) -> str:
         return moe
     if n_active >= n_slots:
         return "dense"
-    # ragged_dot lowers densely on CPU and GPU in jax 0.10 (PEERS notes section 5).
+    # ragged_dot lowers densely on CPU and GPU in jax 0.10.
     return {"cpu": "blocked", "tpu": "ragged"}.get(platform, "dense")
 
 

@@ -60,7 +60,7 @@ def stage_model(stage: str, config: ModelConfig) -> ModelConfig:
 
 
 def flops_per_token(config: ModelConfig, stage: str, seq_len: int) -> float:
-    """Model FLOPs per trained token, counting only what the stage needs (TPU notes).
+    """Model FLOPs per trained token, counting only what the stage needs.
 
     Forward 2P, input gradients 2P, weight gradients 2P of the trained part; attention adds
     2·2·(T/2)·width per layer forward (causal, averaged over positions) and twice that backward.
