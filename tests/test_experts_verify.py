@@ -59,3 +59,12 @@ def test_the_command_exits_3_and_names_the_first_bad_file(folders, tmp_path, cap
 def test_what_is_no_model_exits_3(tmp_path):
     assert main(["verify", str(tmp_path)]) == 3
     assert main(["verify", str(tmp_path / "none")]) == 3
+
+
+# Broken once: the command raised before it wrote the finding that scripts read.
+def test_what_is_no_model_is_a_finding_for_machines_too(tmp_path, capsys):
+    assert main(["verify", str(tmp_path / "none"), "--json", str(tmp_path / "j")]) == 3
+    found = json.loads((tmp_path / "j").read_text())
+    assert not found["ok"]
+    assert found["problems"]
+    assert "it has no flexolmo.json" in capsys.readouterr().err

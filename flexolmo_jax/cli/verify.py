@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.cli import main as frame
-from flexolmo_jax.errors import CheckpointError, RefusedError
+from flexolmo_jax.errors import RefusedError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +20,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.experts import verify
 
     started = time.perf_counter()
-    if not (args.path / "flexolmo.json").exists():
-        raise CheckpointError(
-            "There is no anchor, slice or model here",
-            where=args.path,
-            expected="a directory with flexolmo.json",
-            fix="name such a directory; a training run becomes one with flexolmo package",
-        )
     problems = verify.verify(args.path)
     result = {
         "ok": not problems,
@@ -42,8 +35,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         # An error leaves no result file by itself, and a finding is the result here.
         seconds = time.perf_counter() - started
         frame.write_json(args.json, frame.result_file("verify", args, result, seconds))
-    raise RefusedError(
-        f"{args.path} is not what it claims to be",
-        problems,
-        fix="get it again from its owner; nothing in it can be trusted",
-    )
+    if not (args.path / "flexolmo.json").exists():
+        what = f"{args.path} is no anchor, slice or model: it has no flexolmo.json"
+        fix = "name such a directory; a training run becomes one with flexolmo package"
+    else:
+        what = f"{args.path} is not what it claims to be"
+        fix = "get it again from its owner; nothing in it can be trusted"
+    raise RefusedError(what, problems, fix=fix)
