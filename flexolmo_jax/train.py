@@ -15,7 +15,7 @@ import grain
 import jax
 import numpy as np
 
-from flexolmo_jax import evaluate, job, metrics, sharding, stages, step, tree
+from flexolmo_jax import evaluate, metrics, sharding, stages, step, training_job, tree
 from flexolmo_jax.checkpoint import RunCheckpoints
 from flexolmo_jax.config import RunConfig, SourceConfig
 from flexolmo_jax.data import loader
@@ -48,7 +48,7 @@ def fit(config: RunConfig, workdir: Path) -> dict[str, Any]:
         logger.info("finished already: %s", workdir)
         return json.loads((workdir / "summary.json").read_text())
     began = time.time()
-    j = job.build(config)
+    j = training_job.build(config)
     frozen_before = tree.digests(j.frozen)
     data = loader.train_loader(
         config.data,
@@ -110,7 +110,9 @@ def _settings(value: Any, key: str = "") -> dict[str, Any]:
     return {key: value}
 
 
-def _restore(j: job.Job, checkpoints: RunCheckpoints, iterator: grain.DatasetIterator) -> Any:
+def _restore(
+    j: training_job.TrainingJob, checkpoints: RunCheckpoints, iterator: grain.DatasetIterator
+) -> Any:
     """The newest verified state with the data iterator set to it, or a fresh start."""
     restored = checkpoints.restore_latest(j.abstract_state)
     if restored is None:
@@ -135,7 +137,7 @@ class Loop:
 
     def __init__(
         self,
-        j: job.Job,
+        j: training_job.TrainingJob,
         workdir: Path,
         checkpoints: RunCheckpoints,
         iterator: grain.DatasetIterator,
@@ -247,7 +249,7 @@ class Loop:
 class _Clock:
     """Speed since the last tick, and the time that the rest of the run will take."""
 
-    def __init__(self, j: job.Job, start: int):
+    def __init__(self, j: training_job.TrainingJob, start: int):
         config = j.config
         self._tokens = config.data.batch_rows * config.data.seq_len
         self._flops = stages.flops_per_token(j.model, config.stage, config.data.seq_len)
@@ -301,7 +303,9 @@ def _domain(source: SourceConfig) -> str:
     return path.parent.name if path.name in ("heldout", "train") else path.name
 
 
-def _finish(j: job.Job, state: Any, workdir: Path, summary: dict[str, Any]) -> None:
+def _finish(
+    j: training_job.TrainingJob, state: Any, workdir: Path, summary: dict[str, Any]
+) -> None:
     """Writes `final/`: what `flexolmo package` turns into an anchor or an expert slice."""
     config, params = j.config, state["params"]
     if config.stage == "anchor":

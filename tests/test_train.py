@@ -294,7 +294,7 @@ def test_refused_before_the_first_step(texts, tmp_path, changes, message):
 def test_router_rows_start_as_asked(texts, anchor, tmp_path, method):
     init = RouterInitConfig(method=method, documents=8, norm=0.0 if method == "zeros" else 2.0)
     config = expert_config(texts, anchor, router_init=init)
-    rows = train.job.build(config).initial()["expert"]["router"][:, 0]
+    rows = train.training_job.build(config).initial()["expert"]["router"][:, 0]
     norms = np.linalg.norm(rows, axis=-1)
     np.testing.assert_allclose(norms, 0.0 if method == "zeros" else 2.0, rtol=1e-5)
     same_everywhere = np.allclose(rows[0], rows[1])

@@ -24,7 +24,7 @@ logger = logging.getLogger("flexolmo")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training job, ready to run.
 
     Attributes:
@@ -62,7 +62,7 @@ class Job:
         return {"params": params, "opt": make(params), "step": step}
 
 
-def build(config: RunConfig) -> Job:
+def build(config: RunConfig) -> TrainingJob:
     """Loads what the stage starts from and lays everything out on the mesh.
 
     Raises:
@@ -82,7 +82,7 @@ def build(config: RunConfig) -> Job:
     return (_anchor_job if config.stage == "anchor" else _expert_job)(config, grid)
 
 
-def _anchor_job(config: RunConfig, grid: Mesh) -> Job:
+def _anchor_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     assert config.model is not None  # RunConfig refuses an anchor job without one
     if config.model.n_slots != 1:
         raise ConfigError(
@@ -110,7 +110,7 @@ def _anchor_job(config: RunConfig, grid: Mesh) -> Job:
     )
 
 
-def _expert_job(config: RunConfig, grid: Mesh) -> Job:
+def _expert_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     info, anchor, _ = model_dir.load_model(config.anchor)
     c = stages.stage_model("expert", info.config)
     group_axes = model.param_axes(c)["experts"]
@@ -153,7 +153,7 @@ def _job(
     params: tree.Tree,
     tokenizer: Path,
     **rest: Any,
-) -> Job:
+) -> TrainingJob:
     """The part of a job that does not depend on the stage."""
     known = tokenize.vocab_size(tokenize.load(tokenizer))
     if known > c.vocab_size:
@@ -172,7 +172,7 @@ def _job(
         "x".join(f"{axis}={size}" for axis, size in grid.shape.items()),
         tree.count(params),
     )
-    return Job(
+    return TrainingJob(
         config=config,
         model=c,
         runtime=runtime,
