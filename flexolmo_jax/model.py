@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
-from flexolmo_jax import attention, layers, moe, router, tree
-from flexolmo_jax.config import ExecConfig, ModelConfig
+from flexolmo_jax import block, layers, moe, tree
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.runtime import Runtime
 from flexolmo_jax.sharding import constrain
 
 # Raw bias whose effective value is exactly 0 in float32, and finite as every leaf must be.
@@ -137,42 +137,6 @@ def init_params(config: ModelConfig, key: jax.Array) -> tree.Tree:
     return nnx.to_pure_dict(nnx.state(FlexOlmo(config, rngs=nnx.Rngs(params=key))))
 
 
-@dataclasses.dataclass(frozen=True)
-class Runtime:
-    """`ExecConfig` with everything automatic resolved; hashable, a static argument of jit."""
-
-    dispatch: str
-    attention: str = "whole"
-    compute_dtype: str = "float32"
-    remat: str = "none"
-    loss_chunk: int = 256
-    decode: str = "stacked"
-    mesh: Mesh | None = None
-
-    @classmethod
-    def resolve(
-        cls, config: ExecConfig, n_slots: int, n_active: int, mesh: Mesh | None = None
-    ) -> "Runtime":
-        """Resolves "auto" for the platform that jax runs on."""
-        platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-        return cls(
-            dispatch=moe.resolve(config.moe, n_slots, n_active, platform),
-            attention=attention.resolve(config.attention, platform),
-            compute_dtype=config.compute_dtype,
-            remat=config.remat,
-            loss_chunk=config.loss_chunk,
-            decode=_resolve_decode(config.decode, platform, mesh),
-            mesh=mesh,
-        )
-
-
-def _resolve_decode(decode: str, platform: str, mesh: Mesh | None) -> str:
-    """What "auto" stands for: open on one CPU device (see `sample.splits`), else "stacked"."""
-    if decode != "auto" or (platform == "cpu" and (mesh is None or mesh.size == 1)):
-        return decode
-    return "stacked"
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -252,8 +216,8 @@ def forward(
         segments_BT = jnp.ones_like(tokens_BT)
     n_slots = sum((g if isinstance(g, dict) else g[0])["bias"].shape[-1] for g in groups)
     n_active = min(config.n_active if n_active is None else n_active, n_slots)
-    block = functools.partial(
-        _block,
+    one_layer = functools.partial(
+        block.layer,
         config,
         run,
         segments_BT=segments_BT,
@@ -269,7 +233,7 @@ def forward(
     layer_cache = None if cache is None else (cache.k, cache.v, cache.router_sum)
     over_layers = jax.lax.scan if isinstance(shared["layers"], dict) else _one_by_one
     x_BTD, (logits, combine, residual, layer_cache) = over_layers(
-        _remat(block, run.remat), x_BTD, (shared["layers"], tuple(groups), layer_cache)
+        block.remat(one_layer, run.remat), x_BTD, (shared["layers"], tuple(groups), layer_cache)
     )
     if cache is not None and branch_end_BT is None:
         length_B = cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
@@ -325,13 +289,13 @@ def split_layers(
     return {**shared, "layers": layers_}, experts, Cache(*parts, cache.length_B)
 
 
-def _one_by_one(block, x_BTD, layers_in):
+def _one_by_one(one_layer, x_BTD, layers_in):
     """`jax.lax.scan` over what `split_layers` returns."""
     shared_layers, groups, cache = layers_in
     outs = []
     for i, layer in enumerate(shared_layers):
         inputs = (layer, tuple(g[i] for g in groups), tuple(leaf[i] for leaf in cache))
-        x_BTD, out = block(x_BTD, inputs)
+        x_BTD, out = one_layer(x_BTD, inputs)
         outs.append(out)
     logits, combine, _, caches = zip(*outs, strict=True)
     cache = tuple(list(leaves) for leaves in zip(*caches, strict=True))
@@ -342,154 +306,3 @@ def _branch_mask(branch_end_BT: jax.Array) -> jax.Array:
     """[B, T, S]: token s stands on the path to token t, or is it."""
     index_T = jnp.arange(branch_end_BT.shape[1])
     return (index_T <= index_T[:, None]) & (index_T[:, None] < branch_end_BT[:, None, :])
-
-
-def _remat(block, remat: str):
-    if remat == "none":
-        return block
-    saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(block, policy=saveable if remat == "dots" else None, prevent_cse=False)
-
-
-def _block(config: ModelConfig, run: Runtime, x_BTD, layer_in, **kwargs):
-    """One layer: attention, then the mixture, each with its norm after (post) or before (pre)."""
-    layer, groups, cache = layer_in
-    post = config.norm_placement == "post"
-
-    def norm(x, scale):
-        return layers.rms_norm(x, scale, config.norm_eps)
-
-    with jax.named_scope("attention"):
-        a_BTD = x_BTD if post else norm(x_BTD, layer["attention_norm"])
-        a_BTD, new_cache = _attention(config, run, layer["attention"], a_BTD, cache, **kwargs)
-        x_BTD += norm(a_BTD, layer["attention_norm"]) if post else a_BTD
-    with jax.named_scope("mixture"):
-        f_BTD = x_BTD if post else norm(x_BTD, layer["ffn_norm"])
-        y_BTD, logits_BTE, combine_BTE, router_sum = _mixture(
-            config, run, groups, f_BTD, None if cache is None else cache[2], **kwargs
-        )
-        residual = f_BTD if kwargs["keep_residual"] else None
-        x_BTD += norm(y_BTD, layer["ffn_norm"]) if post else y_BTD
-    x_BTD = constrain(x_BTD, run.mesh, "batch", "seq", "embed")
-    if new_cache is not None:
-        new_cache = (*new_cache, router_sum)
-    return x_BTD, (logits_BTE, combine_BTE, residual, new_cache)
-
-
-def _attention(
-    config: ModelConfig,
-    run: Runtime,
-    w,
-    x_BTD,
-    cache,
-    *,
-    segments_BT,
-    length_B,
-    follows_BTS,
-    **_,
-):
-    """Attention over the row's documents, over the cache, or over branches after the cache."""
-    B, T, _ = x_BTD.shape
-
-    def project(weight, scale):
-        y = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight.astype(x_BTD.dtype))
-        if scale is not None:  # Over all heads together, or over each.
-            normed = layers.rms_norm(y.reshape(B, T, -1, scale.size), scale, config.norm_eps)
-            y = normed.reshape(y.shape)
-        return constrain(y, run.mesh, "batch", "seq", "heads", "head_dim")
-
-    q_BTNH = project(w["w_q"], w.get("q_norm"))
-    k_BSKH = project(w["w_k"], w.get("k_norm"))
-    v_BSKH = project(w["w_v"], None)
-    if cache is None:
-        positions_BT = layers.document_positions(segments_BT)
-        mask_BTS = layers.causal_document_mask(segments_BT)
-    elif follows_BTS is not None:
-        positions_BT = length_B[:, None] + jnp.maximum(jnp.sum(follows_BTS, -1) - 1, 0)
-    else:
-        positions_BT = length_B[:, None] + jnp.arange(T)
-    q_BTNH = layers.rope(q_BTNH, positions_BT, config.rope_theta)
-    k_BSKH = layers.rope(k_BSKH, positions_BT, config.rope_theta)
-    new_cache = None
-    if follows_BTS is not None:
-        k_BSKH, v_BSKH, mask_BTS = _after(cache, length_B, k_BSKH, v_BSKH, follows_BTS)
-    elif cache is not None:
-        k_cache, v_cache, _ = cache
-        S = k_cache.shape[1]
-        rows = jnp.arange(B)[:, None]
-        # Padding is written nowhere: its slot is past the end.
-        at_BT = jnp.where(segments_BT > 0, positions_BT, S)
-        k_cache = k_cache.at[rows, at_BT].set(k_BSKH.astype(k_cache.dtype), mode="drop")
-        v_cache = v_cache.at[rows, at_BT].set(v_BSKH.astype(v_cache.dtype), mode="drop")
-        mask_BTS = jnp.arange(S) <= positions_BT[..., None]
-        k_BSKH, v_BSKH = k_cache.astype(x_BTD.dtype), v_cache.astype(x_BTD.dtype)
-        new_cache = (k_cache, v_cache)
-    if cache is None and run.attention == "tiled":
-        out_BTNH = attention.tiled(q_BTNH, k_BSKH, v_BSKH, segments_BT, run.mesh)
-    else:
-        out_BTNH = layers.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
-    return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w["w_o"].astype(x_BTD.dtype)), new_cache
-
-
-def _after(cache, length_B, k_BSKH, v_BSKH, follows_BTS):
-    """Keys, values and mask of branches with the one row of the cache before them."""
-    B, T, _ = follows_BTS.shape
-    k_1SKH, v_1SKH, _ = cache
-    S = k_1SKH.shape[1]
-
-    def join(before, own):
-        before = jnp.broadcast_to(before.astype(own.dtype), (B, *before.shape[1:]))
-        return jnp.concatenate([before, own], axis=1)
-
-    seen_BTS = jnp.broadcast_to(jnp.arange(S) < length_B[:, None, None], (B, T, S))
-    mask_BTS = jnp.concatenate([seen_BTS, follows_BTS], axis=-1)
-    return join(k_1SKH, k_BSKH), join(v_1SKH, v_BSKH), mask_BTS
-
-
-def _mixture(
-    config: ModelConfig,
-    run: Runtime,
-    groups,
-    x_BTD,
-    router_sum_BE,
-    *,
-    segments_BT,
-    allowed_BE,
-    n_active,
-    length_B,
-    follows_BTS,
-    **_,
-):
-    """Router and experts of one layer."""
-    router_ED = jnp.concatenate([g["router"] for g in groups])
-    bias_E = jnp.concatenate([g["bias"] for g in groups])
-    if allowed_BE is not None:
-        # A slot that no row may use takes no part at all, so that the backward pass does not
-        # multiply its row (which may hold anything) by a zero gradient.
-        used_E = jnp.any(allowed_BE, axis=0)
-        router_ED = jnp.where(used_E[:, None], router_ED, 0)
-        bias_E = jnp.where(used_E, bias_E, 0)
-    logits_BTE = router.router_logits(x_BTD, router_ED)
-    if config.router.context == "document":
-        count_B = None if router_sum_BE is None else length_B.astype(jnp.float32)
-        if follows_BTS is not None:
-            logits_BTE = router.path_mean(logits_BTE, follows_BTS, router_sum_BE, count_B)
-        else:
-            logits_BTE, router_sum_BE, _ = router.document_mean(
-                logits_BTE, segments_BT, router_sum_BE, count_B
-            )
-    logits_BTE = logits_BTE + router.effective_bias(bias_E)
-    routing = router.route(
-        logits_BTE, n_active, allowed_BE=allowed_BE, renormalize=config.router.renormalize
-    )
-    weights = [{name: g[name] for name in moe.WEIGHTS} for g in groups]
-    weights = jax.tree.map(lambda w: w.astype(x_BTD.dtype), weights)
-    y_BTD = moe.mixture(
-        x_BTD,
-        weights,
-        routing,
-        dispatch=run.dispatch,
-        all_active=allowed_BE is None and n_active == bias_E.shape[0],
-        mesh=run.mesh,
-    )
-    return y_BTD, logits_BTE, routing.combine_BTE, router_sum_BE

@@ -39,6 +39,8 @@ LEVELS = (
     ("sharding",),
     ("layers", "router"),
     ("moe", "attention"),
+    ("runtime",),
+    ("block",),
     ("model",),
     ("loss", "optim", "data", "checkpoint"),
     ("experts", "interop"),

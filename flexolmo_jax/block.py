@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer: attention and the mixture over a residual stream, as `model.forward` repeats it."""
+
+import jax
+import jax.numpy as jnp
+
+from flexolmo_jax import attention, layers, moe, router
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.runtime import Runtime
+from flexolmo_jax.sharding import constrain
+
+
+def remat(function, what: str):
+    """`function` with what its backward pass recomputes, as `ExecConfig.remat` says."""
+    if what == "none":
+        return function
+    saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(function, policy=saveable if what == "dots" else None, prevent_cse=False)
+
+
+def layer(config: ModelConfig, run: Runtime, x_BTD, layer_in, **kwargs):
+    """One layer: attention, then the mixture, each with its norm after (post) or before (pre)."""
+    weights, groups, cache = layer_in
+    post = config.norm_placement == "post"
+
+    def norm(x, scale):
+        return layers.rms_norm(x, scale, config.norm_eps)
+
+    with jax.named_scope("attention"):
+        a_BTD = x_BTD if post else norm(x_BTD, weights["attention_norm"])
+        a_BTD, new_cache = _attention(config, run, weights["attention"], a_BTD, cache, **kwargs)
+        x_BTD += norm(a_BTD, weights["attention_norm"]) if post else a_BTD
+    with jax.named_scope("mixture"):
+        f_BTD = x_BTD if post else norm(x_BTD, weights["ffn_norm"])
+        y_BTD, logits_BTE, combine_BTE, router_sum = _mixture(
+            config, run, groups, f_BTD, None if cache is None else cache[2], **kwargs
+        )
+        residual = f_BTD if kwargs["keep_residual"] else None
+        x_BTD += norm(y_BTD, weights["ffn_norm"]) if post else y_BTD
+    x_BTD = constrain(x_BTD, run.mesh, "batch", "seq", "embed")
+    if new_cache is not None:
+        new_cache = (*new_cache, router_sum)
+    return x_BTD, (logits_BTE, combine_BTE, residual, new_cache)
+
+
+def _attention(
+    config: ModelConfig,
+    run: Runtime,
+    w,
+    x_BTD,
+    cache,
+    *,
+    segments_BT,
+    length_B,
+    follows_BTS,
+    **_,
+):
+    """Attention over the row's documents, over the cache, or over branches after the cache."""
+    B, T, _ = x_BTD.shape
+
+    def project(weight, scale):
+        y = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight.astype(x_BTD.dtype))
+        if scale is not None:  # Over all heads together, or over each.
+            normed = layers.rms_norm(y.reshape(B, T, -1, scale.size), scale, config.norm_eps)
+            y = normed.reshape(y.shape)
+        return constrain(y, run.mesh, "batch", "seq", "heads", "head_dim")
+
+    q_BTNH = project(w["w_q"], w.get("q_norm"))
+    k_BSKH = project(w["w_k"], w.get("k_norm"))
+    v_BSKH = project(w["w_v"], None)
+    if cache is None:
+        positions_BT = layers.document_positions(segments_BT)
+        mask_BTS = layers.causal_document_mask(segments_BT)
+    elif follows_BTS is not None:
+        positions_BT = length_B[:, None] + jnp.maximum(jnp.sum(follows_BTS, -1) - 1, 0)
+    else:
+        positions_BT = length_B[:, None] + jnp.arange(T)
+    q_BTNH = layers.rope(q_BTNH, positions_BT, config.rope_theta)
+    k_BSKH = layers.rope(k_BSKH, positions_BT, config.rope_theta)
+    new_cache = None
+    if follows_BTS is not None:
+        k_BSKH, v_BSKH, mask_BTS = _after(cache, length_B, k_BSKH, v_BSKH, follows_BTS)
+    elif cache is not None:
+        k_cache, v_cache, _ = cache
+        S = k_cache.shape[1]
+        rows = jnp.arange(B)[:, None]
+        # Padding is written nowhere: its slot is past the end.
+        at_BT = jnp.where(segments_BT > 0, positions_BT, S)
+        k_cache = k_cache.at[rows, at_BT].set(k_BSKH.astype(k_cache.dtype), mode="drop")
+        v_cache = v_cache.at[rows, at_BT].set(v_BSKH.astype(v_cache.dtype), mode="drop")
+        mask_BTS = jnp.arange(S) <= positions_BT[..., None]
+        k_BSKH, v_BSKH = k_cache.astype(x_BTD.dtype), v_cache.astype(x_BTD.dtype)
+        new_cache = (k_cache, v_cache)
+    if cache is None and run.attention == "tiled":
+        out_BTNH = attention.tiled(q_BTNH, k_BSKH, v_BSKH, segments_BT, run.mesh)
+    else:
+        out_BTNH = layers.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w["w_o"].astype(x_BTD.dtype)), new_cache
+
+
+def _after(cache, length_B, k_BSKH, v_BSKH, follows_BTS):
+    """Keys, values and mask of branches with the one row of the cache before them."""
+    B, T, _ = follows_BTS.shape
+    k_1SKH, v_1SKH, _ = cache
+    S = k_1SKH.shape[1]
+
+    def join(before, own):
+        before = jnp.broadcast_to(before.astype(own.dtype), (B, *before.shape[1:]))
+        return jnp.concatenate([before, own], axis=1)
+
+    seen_BTS = jnp.broadcast_to(jnp.arange(S) < length_B[:, None, None], (B, T, S))
+    mask_BTS = jnp.concatenate([seen_BTS, follows_BTS], axis=-1)
+    return join(k_1SKH, k_BSKH), join(v_1SKH, v_BSKH), mask_BTS
+
+
+def _mixture(
+    config: ModelConfig,
+    run: Runtime,
+    groups,
+    x_BTD,
+    router_sum_BE,
+    *,
+    segments_BT,
+    allowed_BE,
+    n_active,
+    length_B,
+    follows_BTS,
+    **_,
+):
+    """Router and experts of one layer."""
+    router_ED = jnp.concatenate([g["router"] for g in groups])
+    bias_E = jnp.concatenate([g["bias"] for g in groups])
+    if allowed_BE is not None:
+        # A slot that no row may use takes no part at all, so that the backward pass does not
+        # multiply its row (which may hold anything) by a zero gradient.
+        used_E = jnp.any(allowed_BE, axis=0)
+        router_ED = jnp.where(used_E[:, None], router_ED, 0)
+        bias_E = jnp.where(used_E, bias_E, 0)
+    logits_BTE = router.router_logits(x_BTD, router_ED)
+    if config.router.context == "document":
+        count_B = None if router_sum_BE is None else length_B.astype(jnp.float32)
+        if follows_BTS is not None:
+            logits_BTE = router.path_mean(logits_BTE, follows_BTS, router_sum_BE, count_B)
+        else:
+            logits_BTE, router_sum_BE, _ = router.document_mean(
+                logits_BTE, segments_BT, router_sum_BE, count_B
+            )
+    logits_BTE = logits_BTE + router.effective_bias(bias_E)
+    routing = router.route(
+        logits_BTE, n_active, allowed_BE=allowed_BE, renormalize=config.router.renormalize
+    )
+    weights = [{name: g[name] for name in moe.WEIGHTS} for g in groups]
+    weights = jax.tree.map(lambda w: w.astype(x_BTD.dtype), weights)
+    y_BTD = moe.mixture(
+        x_BTD,
+        weights,
+        routing,
+        dispatch=run.dispatch,
+        all_active=allowed_BE is None and n_active == bias_E.shape[0],
+        mesh=run.mesh,
+    )
+    return y_BTD, logits_BTE, routing.combine_BTE, router_sum_BE
