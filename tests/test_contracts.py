@@ -38,7 +38,7 @@ LEVELS = (
     ("config", "mesh", "files", "assets", "results"),
     ("sharding",),
     ("layers", "router"),
-    ("moe", "attention"),
+    ("moe", "attention", "grouped"),
     ("runtime",),
     ("block",),
     ("model",),
@@ -70,7 +70,7 @@ ONLY = {
         *("model", "data", "experts", "interop"),
     }
 }
-NO_CONFIG = ("layers", "router", "moe", "attention")
+NO_CONFIG = ("layers", "router", "moe", "attention", "grouped")
 NNX_NAMES = {"Module", "Param", "Rngs", "state", "eval_shape", "to_flat_state", "to_pure_dict"}
 
 MAX_FUNCTION, MAX_FILE, MAX_NESTING = 60, 500, 3
