@@ -8,21 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import ConfigError, nearest
+from flexolmo_jax.jobs import isolation, places
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What a job asks a machine for.
+    """What a job asks a machine for. Back ends read the fields that mean something to them.
 
     Attributes:
       cpus: cores; 0 takes all that the back end gives to one job.
-      accelerator: type of accelerator as the back end names it, or "" for none.
-      topology: shape of a TPU slice such as "4x4x8", or "".
+      memory_gib: host memory of each process; 0 takes what the back end gives.
+      accelerator: family of chips, such as v5p, v6e, v5e or h100, or "" for none.
+      topology: shape of one TPU slice such as "4x4x8", or "".
+      slices: TPU slices, joined by the data centre's network.
+      processes: processes of a job without a topology; a TPU slice has one on each of its hosts.
+      region, zone: where the machines must be; "" leaves it to the back end's settings.
+      identity: service account of the job; its own, if it belongs to an owner.
+      bucket: where the job keeps what nobody else may read: a URL, or a directory on a cluster.
+      image: container image; "" takes the back end's setting.
     """
 
     cpus: int = 0
+    memory_gib: int = 0
     accelerator: str = ""
     topology: str = ""
+    slices: int = 1
+    processes: int = 1
+    region: str = ""
+    zone: str = ""
+    identity: str = ""
+    bucket: str = ""
+    image: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +50,8 @@ class Job:
       command: the argument list; never a shell line.
       needs: names of jobs that must have finished.
       inputs: files and directories it reads; a change of one makes the job run again.
-      outputs: files and directories that exist once it is done, inside the plan's workdir.
+      outputs: files and directories that exist once it is done: inside the plan's workdir, its
+        exchange or the job's own bucket.
       state: directories from which an interrupted run goes on. They are removed only when the job
         has changed since. A job without state starts over: its old outputs are removed.
       workdir: directory that it starts in, made if absent.
@@ -62,13 +79,19 @@ class Plan:
 
     Attributes:
       workdir: where logs and stamps go.
-      closed: owner to the directories that hold that owner's closed data.
+      closed: owner to the directories or URLs that hold that owner's closed data.
+      exchange: the one place that jobs of different owners hand things over in (anchor, slices,
+        the stitched model): a URL or a directory, or "" where owners share a workdir.
+      settings: what a back end must be told about its cluster, such as namespace and queue; a
+        name like "legal.namespace" holds for the jobs of one owner. Options override these.
     """
 
     name: str
     workdir: str
     jobs: tuple[Job, ...]
     closed: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    exchange: str = ""
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, for `--dry-run --json`."""
@@ -84,12 +107,12 @@ def order(plan: Plan) -> tuple[Job, ...]:
     """Checks the plan and returns its jobs so that each comes after all that it needs.
 
     Raises:
-      ConfigError: a bad or repeated name, an unknown need, a cycle, two writers of one output, or
-        an owner's job that mentions another owner's closed data.
+      ConfigError: a bad or repeated name, an unknown need, a cycle, two writers of one output, an
+        owner's job that mentions what is another owner's, or a hand-over outside the exchange.
     """
     _check_names(plan)
     _check_outputs(plan)
-    _check_isolation(plan)
+    isolation.check(plan)
     done: set[str] = set()
     out: list[Job] = []
     left = list(plan.jobs)
@@ -130,19 +153,20 @@ def _check_names(plan: Plan) -> None:
 
 
 def _check_outputs(plan: Plan) -> None:
-    writers: dict[Path, str] = {}
-    root = Path(plan.workdir).resolve()
+    writers: dict[str, str] = {}
     for job in plan.jobs:
         # What is removed before a job starts over must be the plan's own.
+        roots = (plan.workdir, plan.exchange, job.resources.bucket)
         for path in (*job.outputs, *job.state):
-            if root not in Path(path).resolve().parents:
+            if not any(places.is_inside(path, root) for root in roots):
                 raise ConfigError(
                     "A job writes outside the workdir of its plan",
                     got=path,
+                    expected="a path in " + ", ".join(r for r in roots if r),
                     where=f"{plan.name}:{job.name}",
                 )
         for output in job.outputs:
-            path = Path(output).absolute()
+            path = places.plain(output) if places.is_url(output) else str(Path(output).absolute())
             if path in writers:
                 raise ConfigError(
                     "Two jobs write the same output",
@@ -150,23 +174,3 @@ def _check_outputs(plan: Plan) -> None:
                     where=output,
                 )
             writers[path] = job.name
-
-
-def _check_isolation(plan: Plan) -> None:
-    """An owner's job must not even learn the path of another owner's closed data."""
-    for job in plan.jobs:
-        barred = [p for o, paths in plan.closed.items() if o != job.owner for p in paths]
-        visible = (*job.command, *job.inputs, job.workdir, *job.env.values())
-        seen = [p for p in barred if any(_mentions(text, p) for text in visible)]
-        if job.owner and seen:
-            raise ConfigError(
-                "A job would see closed data of another owner",
-                got=", ".join(seen),
-                where=f"{plan.name}:{job.name}",
-                fix=f"a job of {job.owner!r} may read its own data and public data only",
-            )
-
-
-def _mentions(text: str, path: str) -> bool:
-    """Whether `text` contains the path itself, not merely a longer name that starts with it."""
-    return re.search(re.escape(path.rstrip("/")) + r"(?![A-Za-z0-9_.-])", text) is not None
