@@ -36,9 +36,10 @@ LEVELS = (
     ("errors",),
     ("tree",),
     ("config", "mesh", "files", "assets", "results"),
+    ("storage",),
     ("sharding",),
     ("layers", "router"),
-    ("moe", "attention", "grouped"),
+    ("moe", "moe_kernels", "moe_parallel", "attention", "grouped"),
     ("runtime",),
     ("block",),
     ("model",),
@@ -46,9 +47,12 @@ LEVELS = (
     ("experts", "interop"),
     (
         "run_checkpoints",
+        "run_objects",
+        "run_dirs",
         "stages",
         "metrics",
         "step",
+        "programs",
         "training_job",
         "evaluate",
         "sample",
@@ -70,7 +74,7 @@ ONLY = {
         *("model", "data", "experts", "interop"),
     }
 }
-NO_CONFIG = ("layers", "router", "moe", "attention", "grouped")
+NO_CONFIG = ("layers", "router", "moe", "moe_kernels", "moe_parallel", "attention", "grouped")
 NNX_NAMES = {"Module", "Param", "Rngs", "state", "eval_shape", "to_flat_state", "to_pure_dict"}
 
 MAX_FUNCTION, MAX_FILE, MAX_NESTING = 60, 500, 3
