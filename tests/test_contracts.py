@@ -35,9 +35,11 @@ SCRIPTS += sorted(PACKAGE.rglob("*.html"))
 LEVELS = (
     ("errors",),
     ("tree",),
+    ("distributed",),
     ("config", "mesh", "files", "assets", "results"),
     ("storage",),
     ("sharding",),
+    ("placed",),
     ("layers", "router"),
     ("moe", "moe_kernels", "moe_parallel", "attention", "grouped"),
     ("runtime",),
@@ -310,7 +312,7 @@ DENSE, STITCHED = ("tiny", "135m", "60m", "190m", "1b", "7b"), ("tiny", "2x7b", 
 CASES = [
     (path, size)
     for path in EXPERIMENTS
-    for size in (STITCHED if path.stem == "stitched" else DENSE)
+    for size in (STITCHED if path.stem in ("stitched", "router") else DENSE)
 ]
 
 

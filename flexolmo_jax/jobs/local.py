@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a plan on this machine: one operating-system process per job, one log file each."""
+"""Runs a plan on this machine: each job as one process or several, with a log file each.
+
+Several processes of one job find each other over the loopback interface and are otherwise what
+they would be on the hosts of a pod.
+"""
 
 import contextlib
 import dataclasses
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from flexolmo_jax.errors import ConfigError, MachineError, Preempted
@@ -20,11 +25,17 @@ from flexolmo_jax.jobs.plan import Job, Plan, order
 # All that a process gets from the caller's environment; the rest could name others' data.
 PASSED = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONWARNINGS")
 PASSED_PREFIXES = ("JAX_", "XLA_", "CUDA_", "NVIDIA_", "LD_", "TPU_", "LIBTPU_", "PIP_", "SSL_")
+# What must never reach a job from around us: it would join processes that are not its own.
+OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS")
+OURS += ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LOOPBACK = "127.0.0.1"
 PREEMPTED = 75
 TAIL_LINES = 25
 POLL_S = 0.05
 # Time that a job gets to save its state when the run is stopped.
 SAVE_S = 120.0
+# The other processes of a job whose first has died wait for it: they cannot save.
+LEAVE_S = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +46,7 @@ class JobResult:
       status: "done", "skipped" (its stamp was valid), "failed", "preempted" or "blocked" (a job
         that it needs did not finish).
       seconds: run time; of the earlier run if skipped.
+      log: of its only or first process; of the one that failed first, if one did.
     """
 
     name: str
@@ -47,9 +59,25 @@ class JobResult:
 @dataclasses.dataclass
 class _Running:
     job: Job
-    process: subprocess.Popen
+    processes: Sequence[subprocess.Popen]
     digest: str
     started: float
+
+    def ended(self) -> tuple[int, int] | None:
+        """(exit code, number of the process that decides it), or None while the job runs.
+
+        It runs until all have ended well or saved, or one has not.
+        """
+        codes = [process.poll() for process in self.processes]
+        bad = [i for i, code in enumerate(codes) if code not in (None, 0, PREEMPTED)]
+        if bad:
+            # One that was killed comes first: the others fail because it is gone.
+            worst = min(bad, key=lambda i: (codes[i] or 0) > 0)
+            return codes[worst] or 0, worst
+        if None in codes:
+            return None
+        code = PREEMPTED if PREEMPTED in codes else 0
+        return code, codes.index(code)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +98,37 @@ class Progress:
     left_s: float | None
 
 
-def log_path(plan: Plan, job: Job) -> Path:
-    """The log file of a job."""
-    return stamps.stamp_path(plan, job).with_suffix(".log")
+def log_path(plan: Plan, job: Job, index: int = 0) -> Path:
+    """The log file of a process of a job."""
+    return stamps.stamp_path(plan, job).with_suffix(f".{index}.log" if index else ".log")
 
 
-def environment(job: Job) -> dict[str, str]:
-    """The environment of a job: a short list of the caller's variables and its own."""
-    kept = {k: v for k, v in os.environ.items() if k in PASSED or k.startswith(PASSED_PREFIXES)}
-    return {**kept, "PYTHONUNBUFFERED": "1", **job.env}
+def environment(job: Job, index: int = 0, port: int = 0) -> dict[str, str]:
+    """The environment of a process: a short list of the caller's variables and the job's own.
+
+    Args:
+      index: number of the process, if the job has several.
+      port: where process 0 waits for the others.
+    """
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if (k in PASSED or k.startswith(PASSED_PREFIXES)) and k not in OURS
+    }
+    joined = {}
+    if job.resources.processes > 1:
+        address = f"{LOOPBACK}:{port}"
+        values = (address, address, str(job.resources.processes), str(index))
+        joined = dict(zip(OURS, values, strict=True))
+        joined["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+    return {**kept, "PYTHONUNBUFFERED": "1", **job.env, **joined}
+
+
+def _free_port() -> int:
+    """A port that nothing listens on; the system gives them out in turn, so not twice soon."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
 
 
 def tail(path: Path, lines: int = TAIL_LINES) -> str:
@@ -157,18 +207,28 @@ class _Runner:
         if stamp is not None:
             self._end(job, "skipped", stamp["seconds"])
             return
-        log = log_path(self.plan, job)
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log_path(self.plan, job).parent.mkdir(parents=True, exist_ok=True)
         digest = stamps.job_digest(job)
         # Before the directory is made: it may be among what an older job left behind.
         stamps.prepare(self.plan, job, digest)
         Path(job.workdir).mkdir(parents=True, exist_ok=True)
+        port = _free_port() if job.resources.processes > 1 else 0
+        processes: list[subprocess.Popen] = []
+        item = _Running(job, processes, digest, time.monotonic())
+        # Known before the first starts, so that an interrupt stops those that have started.
+        self.running.append(item)
+        for index in range(job.resources.processes):
+            processes.append(self._spawn(job, index, port))
+            self._pin(processes[-1].pid)
+        self._tell("start", job)
+
+    def _spawn(self, job: Job, index: int, port: int) -> subprocess.Popen:
         try:
-            with log.open("w", encoding="utf-8") as out:
-                process = subprocess.Popen(
+            with log_path(self.plan, job, index).open("w", encoding="utf-8") as out:
+                return subprocess.Popen(
                     list(job.command),
                     cwd=job.workdir,
-                    env=environment(job),
+                    env=environment(job, index, port),
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
@@ -179,9 +239,6 @@ class _Runner:
                 got=error.strerror,
                 where=shlex.join(job.command),
             ) from error
-        self._pin(process.pid)
-        self.running.append(_Running(job, process, digest, time.monotonic()))
-        self._tell("start", job)
 
     def _pin(self, pid: int) -> None:
         """Gives parallel jobs disjoint cores; XLA takes as many threads as it may use cores."""
@@ -189,7 +246,7 @@ class _Runner:
             return
         cores = sorted(os.sched_getaffinity(0))
         share = max(1, len(cores) // self.max_parallel)
-        slot = len(self.running) % self.max_parallel
+        slot = (len(self.running) - 1) % self.max_parallel
         chosen = cores[slot * share : (slot + 1) * share] or cores
         try:
             os.sched_setaffinity(pid, chosen)
@@ -200,11 +257,13 @@ class _Runner:
     def _collect(self) -> None:
         time.sleep(POLL_S)
         for item in list(self.running):
-            code = item.process.poll()
-            if code is None:
+            ended = item.ended()
+            if ended is None:
                 self._tell("tick", item.job)
                 continue
+            _stop(item.processes, LEAVE_S)
             self.running.remove(item)
+            code, index = ended
             seconds = time.monotonic() - item.started
             missing = [o for o in item.job.outputs if not Path(o).exists()]
             if code == 0 and not missing:
@@ -215,10 +274,12 @@ class _Runner:
                 with log_path(self.plan, item.job).open("a", encoding="utf-8") as log:
                     log.write(f"exit code 0, but these outputs are missing: {missing}\n")
             status = "preempted" if code == PREEMPTED else "failed"
-            self._end(item.job, status, seconds, code)
+            self._end(item.job, status, seconds, code, index)
 
-    def _end(self, job: Job, status: str, seconds: float, code: int | None = None) -> None:
-        log = str(log_path(self.plan, job))
+    def _end(
+        self, job: Job, status: str, seconds: float, code: int | None = None, index: int = 0
+    ) -> None:
+        log = str(log_path(self.plan, job, index))
         self.results[job.name] = JobResult(job.name, status, seconds, log, code)
         self._tell("end", job)
 
@@ -233,14 +294,20 @@ class _Runner:
 
     def _stop_all(self) -> None:
         """Ends the children after an interrupt; a training job saves its state on the way."""
-        for item in self.running:
-            item.process.terminate()
-        for item in self.running:
-            try:
-                item.process.wait(SAVE_S)
-            except subprocess.TimeoutExpired:
-                item.process.kill()
-                item.process.wait()
+        _stop([process for item in self.running for process in item.processes], SAVE_S)
+
+
+def _stop(processes: Sequence[subprocess.Popen], patience_s: float) -> None:
+    """Tells processes to end and ends those that do not; all are told before one is waited for."""
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + patience_s
+    for process in processes:
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @contextlib.contextmanager
