@@ -35,7 +35,7 @@ _DROP_REPEATS = ("legal", "techdocs")
 _DROP_NEAR_COPIES = ("legal",)
 _NEAR_WORDS = 13
 _NEAR_FRAC = 0.2
-_MIN_CHARS = 40
+MIN_CHARS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +73,15 @@ def read(
         raise ConfigError("Unknown split", got=split, fix=nearest(split, SPLITS))
     if max_bytes is not None and max_bytes <= 0:
         raise ConfigError("max_bytes must be positive", got=max_bytes)
-    parts = _parts(source, None if root is None else str(root))
-    chosen = [e for name in SPLITS[:3] if split in (name, "all") for e in parts[name]]
+    found = parts(source, root)
+    chosen = [e for name in SPLITS[:3] if split in (name, "all") for e in found[name]]
     return _budget(chosen, max_bytes, seed)
 
 
-def _parts(source: str, root: str | None) -> Mapping[str, tuple[Entry, ...]]:
+def parts(source: str, root: Path | str | None = None) -> Mapping[str, tuple[Entry, ...]]:
+    """Split to its cleaned documents, of a corpus or of text files."""
     if is_domain(source):
-        return _domain_parts(source, root)
+        return _domain_parts(source, None if root is None else str(root))
     path = Path(source)
     if not path.exists():
         raise ConfigError(
@@ -100,7 +101,8 @@ def _domain_parts(domain: str, root: str | None) -> Mapping[str, tuple[Entry, ..
 def split_entries(domain: str, entries: Iterable[Entry]) -> dict[str, tuple[Entry, ...]]:
     """Splits by group, then drops from the later split whatever the earlier one holds.
 
-    Training text goes first: what is left to test on was then never trained on.
+    In a corpus training text goes first: what is left to test on was then never trained on. In the
+    user's files held-out text does: files added later never change what is tested on.
     """
     parts: dict[str, list[Entry]] = {name: [] for name in SPLITS[:3]}
     for entry in entries:
@@ -108,13 +110,13 @@ def split_entries(domain: str, entries: Iterable[Entry]) -> dict[str, tuple[Entr
     paragraphs: set[bytes] = set()
     documents: set[bytes] = set()
     out = {}
-    for name, members in parts.items():
-        kept = []
+    for name in SPLITS[:3] if is_domain(domain) else ("heldout", "tuning", "train"):
+        members, kept = parts[name], []
         for entry in members:
             if domain in _DROP_REPEATS:
                 entry = dataclasses.replace(entry, text=_drop_repeats(entry.text, paragraphs))
             key = text_key(entry.text)
-            if len(entry.text) >= _MIN_CHARS and key not in documents:
+            if len(entry.text) >= MIN_CHARS and key not in documents:
                 documents.add(key)
                 kept.append(entry)
         out[name] = tuple(kept)

@@ -5,7 +5,8 @@ import gzip
 import importlib
 import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -13,7 +14,27 @@ from typing import IO, Any
 from flexolmo_jax.data.readers import Entry
 from flexolmo_jax.errors import ConfigError, DataError
 
+# What is done with a row that cannot be used.
+Bad = Callable[[DataError], None]
+Rows = Iterator[tuple[int, dict[str, Any]]]
+
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+
+def listing(path: Path) -> list[tuple[Path, str]]:
+    """The file, or every known file in a folder, each with its name inside of what was given.
+
+    Raises:
+      ConfigError: a kind of file that is not known, or a folder without any.
+    """
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
+        if not files:
+            raise ConfigError("No text files in this folder", where=path, expected=_names())
+        return [(file, file.relative_to(path).as_posix()) for file in files]
+    if not _kind(path):
+        raise ConfigError("Unknown kind of text file", got=path.name, expected=_names())
+    return [(path, path.name)]
 
 
 def read(path: Path) -> Iterator[Entry]:
@@ -23,16 +44,11 @@ def read(path: Path) -> Iterator[Entry]:
       ConfigError: a kind of file that is not known, or a folder without any.
       DataError: a file that does not hold what its name says, with line or row.
     """
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p))
-        if not files:
-            raise ConfigError("No text files in this folder", where=path, expected=_names())
-        for file in files:
-            yield from _read_file(file, file.relative_to(path).as_posix())
-    elif _kind(path):
-        yield from _read_file(path, path.name)
-    else:
-        raise ConfigError("Unknown kind of text file", got=path.name, expected=_names())
+    for file, name in listing(path):
+        for number, row in rows(file):
+            if row["text"].strip():
+                # The text is its own group: copies of it land in one split.
+                yield Entry(f"{name}:{number}", row["text"], row["text"])
 
 
 def _names() -> str:
@@ -43,25 +59,40 @@ def _kind(path: Path) -> str:
     return max((k for k in KINDS if path.name.lower().endswith(k)), key=len, default="")
 
 
-def _read_file(path: Path, name: str) -> Iterator[Entry]:
+def _refuse(fault: DataError) -> None:
+    raise fault
+
+
+def rows(
+    path: Path, *, bad: Bad = _refuse, every_column: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line or row number and content of each row of a file; "text" holds a string, maybe blank.
+
+    Args:
+      bad: called for each row that cannot be used; raises by default. Without a `bad` that
+        returns, a file with one byte that is not UTF-8 is refused whole.
+      every_column: also the other columns of a .parquet.
+
+    Raises:
+      DataError: a file that does not hold what its name says.
+    """
     kind = _kind(path)
+    # Bytes that are not UTF-8 become half surrogates, which make a bad row, not a bad file.
+    errors = "strict" if bad is _refuse else "surrogateescape"
     try:
         if kind == ".txt":
-            rows: Iterator[tuple[int, str]] = iter([(1, path.read_text(encoding="utf-8"))])
+            found: Rows = iter([(1, {"text": path.read_text(encoding="utf-8", errors=errors)})])
         elif kind == ".parquet":
-            rows = _parquet(path)
+            found = _parquet(path, bad, every_column)
         else:
-            rows = _jsonl(path, kind)
-        for number, text in rows:
-            if not _encodable(text):
-                raise DataError(
-                    "Text with half a surrogate pair, which no encoding can write",
-                    where=f"{path}, line or row {number}",
-                )
-            if text.strip():
-                # The text is its own group: copies of it land in one split.
-                yield Entry(f"{name}:{number}", text, text)
-    except (UnicodeDecodeError, EOFError, OSError) as e:
+            found = _jsonl(path, kind, bad, errors)
+        for number, row in found:
+            if _encodable(row["text"]):
+                yield number, row
+                continue
+            what = "Text with half a surrogate pair, which no encoding can write"
+            bad(DataError(what, where=f"{path}, line or row {number}"))
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as e:
         raise DataError("The file cannot be read as text", got=str(e), where=path) from e
 
 
@@ -74,59 +105,69 @@ def _encodable(text: str) -> bool:
 
 
 @contextmanager
-def _lines(path: Path, kind: str) -> Iterator[IO[str]]:
+def _lines(path: Path, kind: str, errors: str) -> Iterator[IO[str]]:
     if kind == ".jsonl.gz":
-        with gzip.open(path, "rt", encoding="utf-8") as f:
+        with gzip.open(path, "rt", encoding="utf-8", errors=errors) as f:
             yield f
     elif kind == ".jsonl.zst":
         zstandard = _optional("zstandard")
         with path.open("rb") as raw:
             stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
             try:
-                with io.TextIOWrapper(stream, encoding="utf-8") as f:
+                with io.TextIOWrapper(stream, encoding="utf-8", errors=errors) as f:
                     yield f
             except zstandard.ZstdError as e:
                 raise DataError("Not zstandard data", got=str(e), where=path) from e
     else:
-        with path.open(encoding="utf-8") as f:
+        with path.open(encoding="utf-8", errors=errors) as f:
             yield f
 
 
-def _jsonl(path: Path, kind: str) -> Iterator[tuple[int, str]]:
-    with _lines(path, kind) as f:
+def _jsonl(path: Path, kind: str, bad: Bad, errors: str) -> Rows:
+    with _lines(path, kind, errors) as f:
         for number, line in enumerate(f, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise DataError("Not JSON", got=str(e), where=f"{path}, line {number}") from e
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise DataError(
-                    'A line without a string under "text"',
-                    got=f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__,
-                    where=f"{path}, line {number}",
-                )
-            yield number, row["text"]
+                row = _parsed(line, f"{path}, line {number}")
+            except DataError as fault:
+                bad(fault)
+                continue
+            yield number, row
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, str]]:
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise DataError("Not JSON", got=str(e), where=where) from e
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise DataError(
+            'A line without a string under "text"',
+            got=f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__,
+            where=where,
+        )
+    return row
+
+
+def _parquet(path: Path, bad: Bad, every_column: bool) -> Rows:
     pyarrow, parquet = _optional("pyarrow"), _optional("pyarrow.parquet")
+    columns = None if every_column else ["text"]
+    number = 0
     try:
         with parquet.ParquetFile(path) as table:
             if "text" not in table.schema_arrow.names:
                 raise DataError(
                     'No column "text"', got=", ".join(table.schema_arrow.names), where=path
                 )
-            number = 0
-            for batch in table.iter_batches(columns=["text"]):
-                for text in batch.column(0).to_pylist():
+            for batch in table.iter_batches(columns=columns):
+                for row in batch.to_pylist():
                     number += 1
-                    if not isinstance(text, str):
-                        raise DataError(
-                            "A row without text", got=text, where=f"{path}, row {number}"
-                        )
-                    yield number, text
+                    if isinstance(row["text"], str):
+                        yield number, row
+                        continue
+                    where = f"{path}, row {number}"
+                    bad(DataError("A row without text", got=row["text"], where=where))
     except pyarrow.ArrowException as e:
         raise DataError("Not a parquet file", got=str(e), where=path) from e
 
