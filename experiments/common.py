@@ -15,7 +15,7 @@ PUBLIC = ("howto", "wiki", "techdocs")
 CLOSED = ("code", "news", "legal", "academic")
 
 # ---- The numbers of the tiny recipes, all of them (how they were found: LOG.md). --------------
-TINY_STEPS = {"anchor": 1200, "expert": 250}
+TINY_STEPS = {"anchor": 1200, "expert": 250, "router": 100, "joint": 1200}
 TINY_BATCH = {"batch_rows": 8, "seq_len": 256}
 TINY_OPTIM = {
     "anchor": {"peak_lr": 4e-3, "warmup_steps": 100, "weight_decay": 0.1},
@@ -25,6 +25,13 @@ TINY_OPTIM = {
         "weight_decay": 0.0,
         "router_z_loss": 0.0,
         "router_label_loss": 1.0,
+    },
+    "router": {"peak_lr": 2e-3, "warmup_steps": 10},
+    "joint": {
+        "peak_lr": 4e-3,
+        "warmup_steps": 100,
+        "weight_decay": 0.1,
+        "load_balance": 0.01,
     },
 }
 # Public text in an expert's batches is what teaches its router row where to be quiet.
@@ -56,7 +63,22 @@ PAPER_OPTIM = {
         "total_steps": 11_921,
         "weight_decay": 0.0,
     },
+    # 5B tokens of proxies and public text in batches of 0.52M; the mixture keeps the anchor's.
+    "router": {
+        "peak_lr": 2e-3,
+        "warmup_steps": 100,
+        "total_steps": 9537,
+        "weight_decay": 0.1,
+    },
+    "joint": {
+        "peak_lr": 9e-4,
+        "warmup_steps": 2000,
+        "total_steps": 11_921,
+        "weight_decay": 0.1,
+        "load_balance": 0.01,
+    },
 }
+PAPER_ROUTER_ROWS = 128
 
 
 def parse_arg(arg: str, **defaults: bool | int | float | str) -> ConfigDict:
@@ -183,6 +205,8 @@ def base(stage: str, size: str) -> ConfigDict:
     steps = {"total_steps": TINY_STEPS[stage]} if tiny else {}
     fields["optim"] = dataclasses.asdict(OptimConfig(**{**optim, **steps}))
     fields["data"].update(TINY_BATCH if tiny else TUNE_BATCH if tune else PAPER_BATCH)
+    if stage == "router" and not tiny:
+        fields["data"]["batch_rows"] = PAPER_ROUTER_ROWS
     if tiny:
         fields["exec"].update(compute_dtype="float32")
         fields["router_init"].update(TINY_ROUTER_INIT)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipe card: the shape of a stitched model, to plan memory and speed before any expert exists.
+"""Recipe card: the joint mixture, a model of the stitched shape whose experts train together.
 
-Purpose: `flexolmo plan` compiles this shape for a pod; its training step is the joint mixture
-    (the unrestricted control), since stitching itself trains nothing.
+Purpose: the unrestricted control. Stitching itself trains nothing, so this is also the shape with
+    which `flexolmo plan` tells memory and speed before any expert exists.
 Command: flexolmo plan --config experiments/stitched.py:size=8x7b --topology v5p:4x4x8
-Cost:    a few minutes of compilation, no accelerator.
+Cost:    to plan: a few minutes of compilation, no accelerator. To train at size tiny: some ten
+    minutes on two CPU cores.
 Expect:  8x7b: 37.6B parameters, 20.3B of them active with four of eight experts.
-Differs from the anchor: more slots; public and closed text together.
+Differs from the anchor: more slots, rows of the router that train with the rest, a loss that keeps
+    the load even; public and closed text together, which nobody in this project may otherwise do.
 
 Argument: size (tiny, 2x7b, 8x7b, 8x1b), active (experts per token; 0 takes the size's).
 """
@@ -22,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     model = dict(common.pick(common.stitched_sizes(), a.size))
     if a.active:
         model["n_active"] = a.active
-    config = common.base("anchor", a.size)
+    config = common.base("joint", a.size)
     config.model = {**model, "router": common.router(a.size)}
     config.tokenizer = "runs/demo/tokenizer.json"
     config.data.sources = tuple(

@@ -159,6 +159,8 @@ class OptimConfig:
       router_z_loss: the same over router logits, averaged over layers.
       router_label_loss: weight of the cross-entropy "is this token the owner's?" of the own row
         against the frozen public row; 0 is the paper.
+      load_balance: weight of the load-balancing loss of many experts (stages "router", "joint");
+        the reference tunes routers without, OLMoE trains mixtures with 0.01.
       router_lr_mult: learning rate of router rows and biases relative to `peak_lr`.
     """
 
@@ -176,6 +178,7 @@ class OptimConfig:
     z_loss: float = 1e-5
     router_z_loss: float = 1e-3
     router_label_loss: float = 0.0
+    load_balance: float = 0.0
     router_lr_mult: float = 1.0
 
     def __post_init__(self) -> None:
@@ -260,14 +263,17 @@ class RunConfig:
 
     Attributes:
       stage: "anchor" trains every weight of a dense model; "expert" trains one FFN stack with its
-        router rows and biases beside the frozen anchor.
-      model: the architecture; in stage "expert" it must be empty (None): the anchor's is used.
-      anchor: model directory of the anchor (stage "expert").
+        router rows and biases beside the frozen anchor; "router" trains the router rows and biases
+        of a stitched model; "joint" trains every weight of a mixture.
+      model: the architecture (stages "anchor" and "joint"); elsewhere it must be empty (None),
+        since it is that of the model which `anchor` names.
+      anchor: model directory that the stage starts from: the anchor of an expert, the stitched
+        model of a router.
       expert_id: slug of the owner's expert (stage "expert").
-      tokenizer: tokenizer.json of the data (stage "anchor"; later stages take the anchor's).
+      tokenizer: tokenizer.json of the data (stages "anchor" and "joint"; the others have one).
     """
 
-    stage: Literal["anchor", "expert"] = "anchor"
+    stage: Literal["anchor", "expert", "router", "joint"] = "anchor"
     model: ModelConfig | None = None
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -284,28 +290,11 @@ class RunConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        if self.stage == "expert":
-            if not self.anchor or not self.expert_id:
-                raise ConfigError(
-                    "An expert job needs an anchor and an expert id",
-                    got=f"anchor={self.anchor!r}, expert_id={self.expert_id!r}",
-                    fix="set --config.anchor and --config.expert_id",
-                )
-            if not EXPERT_ID.fullmatch(self.expert_id) or self.expert_id == "public":
-                raise ConfigError(
-                    "Not a name for an expert",
-                    got=repr(self.expert_id),
-                    expected="lower-case letters, digits, '-' and '_', and not 'public'",
-                    where="RunConfig.expert_id",
-                )
-            if self.model is not None:
-                raise ConfigError(
-                    "An expert job takes the anchor's architecture; it must not set its own",
-                    where="RunConfig.model",
-                )
+        if self.stage in ("expert", "router"):
+            self._check_later_stage()
         elif self.model is None or not self.tokenizer:
             raise ConfigError(
-                "An anchor job needs a model and a tokenizer",
+                f"Stage {self.stage!r} needs a model and a tokenizer",
                 got=f"model={self.model}, tokenizer={self.tokenizer!r}",
             )
         if self.data.batch_rows % self.optim.accumulate:
@@ -313,6 +302,30 @@ class RunConfig:
                 "batch_rows must be a multiple of accumulate",
                 got=f"batch_rows={self.data.batch_rows}, accumulate={self.optim.accumulate}",
                 where="RunConfig.optim.accumulate",
+            )
+
+    def _check_later_stage(self) -> None:
+        if not self.anchor or (self.stage == "expert" and not self.expert_id):
+            raise ConfigError(
+                "An expert job needs an anchor and an expert id"
+                if self.stage == "expert"
+                else "Router tuning needs a stitched model",
+                got=f"anchor={self.anchor!r}, expert_id={self.expert_id!r}",
+                fix="set --config.anchor and --config.expert_id",
+            )
+        named = EXPERT_ID.fullmatch(self.expert_id) and self.expert_id != "public"
+        if self.stage == "expert" and not named:
+            raise ConfigError(
+                "Not a name for an expert",
+                got=repr(self.expert_id),
+                expected="lower-case letters, digits, '-' and '_', and not 'public'",
+                where="RunConfig.expert_id",
+            )
+        if self.model is not None:
+            raise ConfigError(
+                f"Stage {self.stage!r} takes the architecture of the model that it starts from; "
+                "it must not set its own",
+                where="RunConfig.model",
             )
 
 

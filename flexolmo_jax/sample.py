@@ -140,30 +140,49 @@ def splits(run: model.Runtime, sampling: SampleConfig) -> bool:
     return run.decode == "split"
 
 
+def advance(
+    config: ModelConfig,
+    run: model.Runtime,
+    n_active: int | None,
+    shared: tree.Tree,
+    groups: Sequence[tree.Tree],
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    allowed_BE: jax.Array,
+    cache: model.Cache,
+) -> tuple[jax.Array, jax.Array, model.Cache]:
+    """The next tokens of every row beside its cache: a whole prompt, or one token.
+
+    Returns:
+      logits [B, V] after each row's last token, tokens that each slot served [B, L, E], the cache.
+    """
+    out = model.forward(
+        config,
+        run,
+        shared,
+        groups,
+        tokens_BT,
+        segments_BT=segments_BT,
+        allowed_BE=allowed_BE,
+        n_active=n_active,
+        cache=cache,
+    )
+    assert out.cache is not None
+    served = (out.combine_LBTE > 0) & (segments_BT > 0)[None, ..., None]
+    # The last real token of each row speaks next; padding stands behind it.
+    last_B = jnp.maximum(jnp.sum(segments_BT > 0, axis=1) - 1, 0)
+    hidden_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)
+    logits_BV = model.unembed(config, shared, hidden_BD)[:, 0]
+    return logits_BV, jnp.sum(served, axis=2).swapaxes(0, 1), out.cache
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(config, run, sampling, n_active, shared, groups, tokens, segments, allowed_BE, cache, key):
     """Prefill, then one token at a time until all rows have ended."""
 
-    def step(run, shared, groups, tokens_BT, segments_BT, cache):
-        out = model.forward(
-            config,
-            run,
-            shared,
-            groups,
-            tokens_BT,
-            segments_BT=segments_BT,
-            allowed_BE=allowed_BE,
-            n_active=n_active,
-            cache=cache,
-        )
-        served = (out.combine_LBTE > 0) & (segments_BT > 0)[None, ..., None]
-        # The last real token of each row speaks next; padding stands behind it.
-        last_B = jnp.maximum(jnp.sum(segments_BT > 0, axis=1) - 1, 0)
-        hidden_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)
-        logits_BV = model.unembed(config, shared, hidden_BD)[:, 0]
-        return logits_BV, jnp.sum(served, axis=2).swapaxes(0, 1), out.cache
-
-    logits_BV, load_BLE, cache = step(run, shared, groups, tokens, segments, cache)
+    logits_BV, load_BLE, cache = advance(
+        config, run, n_active, shared, groups, tokens, segments, allowed_BE, cache
+    )
     if splits(run, sampling):
         shared, groups, cache = model.split_layers(shared, groups, cache, run.compute_dtype)
         run = dataclasses.replace(run, dispatch="used")
@@ -181,7 +200,9 @@ def _run(config, run, sampling, n_active, shared, groups, tokens, segments, allo
         ended_B = ended_B | (next_B == sampling.eos_id)
         ids_BT = ids_BT.at[:, i].set(next_B)
         live_B1 = (~ended_B)[:, None].astype(jnp.int32)
-        logits_BV, load, cache = step(run, shared, groups, next_B[:, None], live_B1, cache)
+        logits_BV, load, cache = advance(
+            config, run, n_active, shared, groups, next_B[:, None], live_B1, allowed_BE, cache
+        )
         return i + 1, logits_BV, ids_BT, cache, ended_B, load_BLE + load
 
     start = (0, logits_BV, ids_BT, cache, jnp.zeros(B, bool), load_BLE)

@@ -6,29 +6,46 @@ of the first only, and the second has no optimizer state and no float32 copy.
 
   anchor   trains every weight of a dense model; its router row and bias are not used yet.
   expert   trains one expert (FFN stack, router rows, biases) beside the frozen anchor.
+  router   trains the router rows and biases of a stitched model, all of them together.
+  joint    trains every weight of a mixture but its biases: the unrestricted mixture, which sees
+           everybody's text and so is what independent experts are compared with.
 """
 
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax import model, router, tree
+from flexolmo_jax import model, moe, router, tree
 from flexolmo_jax.config import ModelConfig
 
+STAGES = ("anchor", "expert", "router", "joint")
 ROUTER_LEAVES = ("router", "bias")
+# What of a group trains, in the stages that hold one; a bias that does not keeps its constant.
+TRAINED = {
+    "anchor": moe.WEIGHTS,
+    "joint": (*moe.WEIGHTS, "router"),
+    "router": ROUTER_LEAVES,
+}
 
 
-def split_anchor(params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
-    """(trainable, frozen) of the anchor stage; with one slot the router has no gradient."""
+def split(stage: str, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
+    """(trainable, frozen) leaves; in stage "anchor" the router has no gradient.
+
+    Stage "expert" takes the anchor's parameters, whose FFN is the start of the expert's.
+    """
     group = params["experts"]
-    trained = {name: leaf for name, leaf in group.items() if name not in ROUTER_LEAVES}
-    kept = {name: group[name] for name in ROUTER_LEAVES}
+    if stage == "expert":
+        return {"expert": group}, {"shared": params["shared"], "public": group}
+    trained = {name: leaf for name, leaf in group.items() if name in TRAINED[stage]}
+    kept = {name: leaf for name, leaf in group.items() if name not in TRAINED[stage]}
+    if stage == "router":
+        return {"experts": trained}, {"shared": params["shared"], "experts": kept}
     return {"shared": params["shared"], "experts": trained}, {"experts": kept}
 
 
-def join_anchor(trainable: tree.Tree, frozen: tree.Tree) -> tree.Tree:
-    """Exact inverse of `split_anchor`."""
+def join(trainable: tree.Tree, frozen: tree.Tree) -> tree.Tree:
+    """Exact inverse of `split`, but for stage "expert"."""
     experts = {**trainable["experts"], **frozen["experts"]}
-    return {"shared": trainable["shared"], "experts": experts}
+    return {"shared": {**trainable, **frozen}["shared"], "experts": experts}
 
 
 def upcycle(anchor: tree.Tree, router_LD: jax.Array, bias: float) -> tree.Tree:
@@ -47,24 +64,34 @@ def upcycle(anchor: tree.Tree, router_LD: jax.Array, bias: float) -> tree.Tree:
 
 def assemble(stage: str, trainable: tree.Tree, frozen: tree.Tree) -> tuple[tree.Tree, tuple]:
     """(shared weights, expert groups) that `model.forward` takes, public expert first."""
-    if stage == "anchor":
-        params = join_anchor(trainable, frozen)
-        return params["shared"], (params["experts"],)
-    return frozen["shared"], (frozen["public"], trainable["expert"])
+    if stage == "expert":
+        return frozen["shared"], (frozen["public"], trainable["expert"])
+    params = join(trainable, frozen)
+    return params["shared"], (params["experts"],)
+
+
+def allowed(frozen: tree.Tree, rows: int) -> jax.Array | None:
+    """Slots that training may use, [rows, E], or None for all: an empty slot serves nothing."""
+    filled_E = frozen.get("filled")
+    return None if filled_E is None else jnp.broadcast_to(filled_E, (rows, len(filled_E)))
 
 
 def stage_model(stage: str, config: ModelConfig) -> ModelConfig:
     """The architecture that a stage runs: two slots, both active, while an expert trains."""
-    slots = {"anchor": 1, "expert": 2}[stage]
-    return config.replace(n_slots=slots, n_active=slots)
+    slots = {"anchor": 1, "expert": 2}.get(stage)
+    return config.replace(n_slots=slots, n_active=slots) if slots else config
 
 
 def flops_per_token(config: ModelConfig, stage: str, seq_len: int) -> float:
-    """Model FLOPs per trained token, counting only what the stage needs.
+    """Model FLOPs per token, counting only what the stage needs.
 
-    Forward 2P, input gradients 2P, weight gradients 2P of the trained part; attention adds
-    2·2·(T/2)·width per layer forward (causal, averaged over positions) and twice that backward.
-    Embedding lookups are free; recomputation is not counted.
+    Forward 2P, input gradients 2P, weight gradients 2P of the trained part, with P the parameters
+    that a token uses; attention adds 2·2·(T/2)·width per layer forward (causal, averaged over
+    positions) and twice that backward. Embedding lookups and router rows are free; recomputation
+    is not counted.
+
+    Args:
+      stage: a training stage, or "eval" for a forward pass.
     """
     abstract = model.abstract_params(config.replace(n_slots=1, n_active=1))
     ffn = 3 * config.n_layers * config.d_model * config.d_ffn
@@ -72,25 +99,35 @@ def flops_per_token(config: ModelConfig, stage: str, seq_len: int) -> float:
     attention = tree.count(
         {k: v for k, v in tree.flatten(abstract["shared"]["layers"]).items() if "w_" in k}
     )
-    score = 2 * config.n_layers * seq_len * config.n_heads * config.d_head
-    if stage == "anchor":
-        return 6.0 * (ffn + attention + unembed) + 3.0 * score
-    return 4.0 * (2 * ffn + attention + unembed) + 2.0 * ffn + 3.0 * score
+    score = 2.0 * config.n_layers * seq_len * config.n_heads * config.d_head
+    if stage == "expert":
+        return 4.0 * (2 * ffn + attention + unembed) + 2.0 * ffn + 3.0 * score
+    used = stage_model(stage, config).n_active * ffn + attention + unembed
+    if stage == "eval":
+        return 2.0 * used + score
+    return (4.0 if stage == "router" else 6.0) * used + 3.0 * score
 
 
 def router_metrics(
-    out: model.Output, own_BT: jax.Array, mask_BT: jax.Array
+    stage: str, out: model.Output, own_BT: jax.Array, mask_BT: jax.Array
 ) -> dict[str, jax.Array]:
-    """Sums over tokens of router quantities: z-loss, label loss, weight of the own expert."""
+    """Sums over tokens of what the router's losses and metrics are made of.
+
+    Every stage with a router has its z-loss; "expert" adds the label loss and the weight of the
+    own expert, the stages of many experts their load balance.
+    """
     logits = out.router_logits_LBTE
-    n_slots = logits.shape[-1]
-    share_LBT = out.combine_LBTE[..., n_slots - 1]
+    z_LBT = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    sums = {"router_z": jnp.sum(jnp.where(mask_BT, jnp.mean(z_LBT, axis=0), 0.0))}
+    tokens = jnp.sum(mask_BT)
+    if stage != "expert":
+        balance = router.load_balance(logits, out.combine_LBTE > 0, mask_BT)
+        return sums | {"load_balance": balance * tokens}
+    share_LBT = out.combine_LBTE[..., logits.shape[-1] - 1]
     total_BT = jnp.mean(share_LBT / jnp.maximum(jnp.sum(out.combine_LBTE, -1), 1e-9), axis=0)
     own, public = mask_BT & own_BT, mask_BT & ~own_BT
-    z_LBT = jnp.square(jax.nn.logsumexp(logits, axis=-1))
-    return {
-        "router_z": jnp.sum(jnp.where(mask_BT, jnp.mean(z_LBT, axis=0), 0.0)),
-        "label": router.label_loss(logits, own_BT, mask_BT) * jnp.sum(mask_BT),
+    return sums | {
+        "label": router.label_loss(logits, own_BT, mask_BT) * tokens,
         "own_weight_on_own": jnp.sum(jnp.where(own, total_BT, 0.0)),
         "own_weight_on_public": jnp.sum(jnp.where(public, total_BT, 0.0)),
     }

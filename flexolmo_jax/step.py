@@ -25,15 +25,23 @@ def loss_sums(
 ) -> dict[str, jax.Array]:
     """Sums over predicted tokens of everything that the objective and the metrics are made of."""
     shared, groups = stages.assemble(stage, trainable, frozen)
-    out = model.forward(config, run, shared, groups, batch["tokens"], segments_BT=batch["segments"])
+    out = model.forward(
+        config,
+        run,
+        shared,
+        groups,
+        batch["tokens"],
+        segments_BT=batch["segments"],
+        allowed_BE=stages.allowed(frozen, len(batch["tokens"])),
+    )
     nll_BT, z_BT = loss.token_losses(config, run, shared, out.hidden_BTD, batch["targets"])
     mask_BT = batch["loss_mask"]
     sums = {
         "nll": jnp.sum(jnp.where(mask_BT, nll_BT, 0.0)),
         "z": jnp.sum(jnp.where(mask_BT, z_BT, 0.0)),
     }
-    if stage == "expert":
-        sums |= stages.router_metrics(out, batch["own"], mask_BT)
+    if stage != "anchor":
+        sums |= stages.router_metrics(stage, out, batch["own"], mask_BT)
     return sums
 
 
@@ -42,7 +50,10 @@ def objective(optim: OptimConfig, sums: Mapping[str, jax.Array], tokens: jax.Arr
     total = sums["nll"] + optim.z_loss * sums["z"]
     if "router_z" in sums:
         total += optim.router_z_loss * sums["router_z"]
+    if "label" in sums:
         total += optim.router_label_loss * sums["label"]
+    if "load_balance" in sums:
+        total += optim.load_balance * sums["load_balance"]
     return total / tokens
 
 

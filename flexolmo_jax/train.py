@@ -2,7 +2,6 @@
 """Runs one training job: a visible loop that resumes from its workdir alone."""
 
 import dataclasses
-import functools
 import json
 import logging
 import signal
@@ -15,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-from flexolmo_jax import evaluate, metrics, sharding, stages, step, training_job, tree
+from flexolmo_jax import evaluate, metrics, placed, sharding, stages, training_job, tree
 from flexolmo_jax.config import RunConfig, SourceConfig
 from flexolmo_jax.data import loader
 from flexolmo_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError
@@ -55,8 +54,7 @@ def fit(config: RunConfig, workdir: Path) -> dict[str, Any]:
         tokenizer_digest=j.tokenizer_digest,
         vocab_size=j.model.vocab_size,
         seed=config.seed,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        held=placed.batch_rows(j.mesh, config.data.batch_rows),
     )
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
@@ -150,12 +148,7 @@ class Loop:
         self._writer = metrics.MetricsWriter(workdir, last_step=self._done)
         self._clock = _Clock(j, self._done)
         self._stop = threading.Event()
-        self._step = jax.jit(
-            functools.partial(
-                step.train_step, j.model, j.runtime, j.config.stage, j.config.optim, j.optimizer
-            ),
-            donate_argnums=0,
-        )
+        self._step = j.program.jitted()
 
     def to_the_end(self) -> None:
         """Runs all remaining steps; the metrics of a step are read while the next one computes."""
@@ -307,26 +300,11 @@ def _finish(
     j: training_job.TrainingJob, state: Any, workdir: Path, summary: dict[str, Any]
 ) -> None:
     """Writes `final/`: what `flexolmo package` turns into an anchor or an expert slice."""
-    config, params = j.config, state["params"]
-    if config.stage == "anchor":
-        params = stages.join_anchor(params, j.frozen)
-        row_LD = router_init.public_row(config, j.model)
-        params["experts"]["router"] = row_LD[:, None, :]
-    else:
-        expert = params["expert"]
-        if config.router_init.recalibrate:
-            frozen = j.frozen
-            expert = router_init.recalibrate(
-                config, j.model, frozen["shared"], frozen["public"], expert
-            )
-        # Rounded to the dtypes of the public slice, beside which it will be stacked.
-        params = tree.map_named(
-            lambda name, leaf: leaf.astype(j.slice_dtypes[name]), slices.take_slot(expert, 0)
-        )
+    config = j.config
     package.write_final(
         workdir,
         stage=config.stage,
-        params=jax.device_get(params),
+        params=jax.device_get(_final_params(j, state["params"])),
         config=j.anchor.config if j.anchor else j.model,
         tokenizer_path=j.tokenizer,
         expert_id=config.expert_id,
@@ -339,6 +317,29 @@ def _finish(
         recipe=_recipe(config),
     )
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _final_params(j: training_job.TrainingJob, params: tree.Tree) -> tree.Tree:
+    """What the stage was for: a whole model, one slice, or the rows of a router."""
+    config = j.config
+    if config.stage == "router":
+        return params["experts"]
+    if config.stage != "expert":
+        params = stages.join(params, j.frozen)
+        if config.stage == "anchor":
+            row_LD = router_init.public_row(config, j.model)
+            params["experts"]["router"] = row_LD[:, None, :]
+        return params
+    expert = params["expert"]
+    if config.router_init.recalibrate:
+        frozen = j.frozen
+        expert = router_init.recalibrate(
+            config, j.model, frozen["shared"], frozen["public"], expert
+        )
+    # Rounded to the dtypes of the public slice, beside which it will be stacked.
+    return tree.map_named(
+        lambda name, leaf: leaf.astype(j.slice_dtypes[name]), slices.take_slot(expert, 0)
+    )
 
 
 def _recipe(config: RunConfig) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flexolmo_jax import mesh, model, optim, sharding, stages, tree
+from flexolmo_jax import mesh, model, optim, programs, stages, tree
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.experts import model_dir, router_init
+from flexolmo_jax.runtime import Runtime
 
 logger = logging.getLogger("flexolmo")
 
@@ -28,27 +28,43 @@ class TrainingJob:
     """One training job, ready to run.
 
     Attributes:
-      model: the architecture that the stage runs (one slot, or two both active).
+      program: the step, with the shapes and shardings of everything that it takes.
       frozen: leaves that are only read, placed on the mesh in the dtype they are used in.
-      abstract_state: shapes, dtypes and shardings of {"params", "opt", "step"}.
       initial: makes the initial trainable leaves.
       tokenizer: path of tokenizer.json.
-      anchor: what the anchor directory says of itself (stage "expert").
+      anchor: what the directory that the stage starts from says of itself (stages "expert",
+        "router").
       slice_dtypes: leaf name to dtype of the anchor's public slice (stage "expert").
     """
 
     config: RunConfig
-    model: ModelConfig
-    runtime: model.Runtime
-    mesh: Mesh
-    optimizer: optax.GradientTransformation
+    program: programs.Program
     frozen: tree.Tree
-    abstract_state: tree.Tree
     initial: Callable[[], tree.Tree]
     tokenizer: Path
     tokenizer_digest: str
     anchor: model_dir.ModelInfo | None = None
     slice_dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture that the stage runs."""
+        return self.program.config
+
+    @property
+    def runtime(self) -> Runtime:
+        """How the step computes."""
+        return self.program.runtime
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that everything lies on."""
+        return self.program.mesh
+
+    @property
+    def abstract_state(self) -> tree.Tree:
+        """Shapes, dtypes and shardings of {"params", "opt", "step"}."""
+        return self.program.arguments["state"]
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -58,9 +74,11 @@ class TrainingJob:
 
     def initial_state(self) -> tree.Tree:
         """A state at step 0, placed on the mesh."""
-        params = jax.device_put(self.initial(), _shardings(self.abstract_state["params"]))
-        make = jax.jit(self.optimizer.init, out_shardings=_shardings(self.abstract_state["opt"]))
-        step = jax.device_put(jnp.int32(0), NamedSharding(self.mesh, PartitionSpec()))
+        places = programs.shardings(self.abstract_state)
+        params = jax.device_put(self.initial(), places["params"])
+        optimizer = optim.make_optimizer(self.config.optim, params)
+        make = jax.jit(optimizer.init, out_shardings=places["opt"])
+        step = jax.device_put(jnp.int32(0), places["step"])
         return {"params": params, "opt": make(params), "step": step}
 
 
@@ -73,63 +91,55 @@ def build(config: RunConfig) -> TrainingJob:
     """
     e = config.exec
     grid = mesh.make_mesh(e.mesh_data, e.mesh_expert, e.mesh_model)
-    pieces = grid.shape["data"] * grid.shape["expert"] * config.optim.accumulate
-    if config.data.batch_rows % pieces:
-        raise ConfigError(
-            "The batch does not divide over devices and micro-batches",
-            got=f"batch_rows={config.data.batch_rows}",
-            expected=f"a multiple of data x expert x accumulate = {pieces}",
-            where="data.batch_rows",
-        )
-    return (_anchor_job if config.stage == "anchor" else _expert_job)(config, grid)
+    start = {"expert": _expert_job, "router": _router_job}.get(config.stage, _new_model_job)
+    return start(config, grid)
 
 
-def _anchor_job(config: RunConfig, grid: Mesh) -> TrainingJob:
-    assert config.model is not None  # RunConfig refuses an anchor job without one
-    if config.model.n_slots != 1:
+def _new_model_job(config: RunConfig, grid: Mesh) -> TrainingJob:
+    """Stages "anchor" and "joint": everything starts from drawn parameters."""
+    assert config.model is not None  # RunConfig refuses these stages without one
+    if (config.model.n_slots == 1) != (config.stage == "anchor"):
         raise ConfigError(
-            "An anchor is dense: experts come by stitching, not by training together",
-            got=f"n_slots={config.model.n_slots}",
-            expected="n_slots=1",
+            "An anchor is dense: experts come by stitching, not by training together"
+            if config.stage == "anchor"
+            else "A joint mixture needs more slots than one",
+            got=f"n_slots={config.model.n_slots}, stage={config.stage}",
             where="RunConfig.model",
+            fix='use stage "anchor" for one slot and "joint" for a mixture',
         )
-    c = stages.stage_model("anchor", config.model)
-    init = functools.partial(model.init_params, c, jax.random.key(config.seed))
-    trainable, _ = jax.eval_shape(lambda: stages.split_anchor(init()))
-    trainable_axes, _ = stages.split_anchor(model.param_axes(c))
-    placed = _abstract(trainable, sharding.param_shardings(trainable, trainable_axes, grid))
+    program = programs.training(config, config.model, grid)
+    key = jax.random.key(config.seed)
+
+    def part(index: int, places: tree.Tree) -> Callable[[], tree.Tree]:
+        def draw() -> tree.Tree:
+            return stages.split(config.stage, _drawn(program.config, config.stage, key))[index]
+
+        return jax.jit(draw, out_shardings=programs.shardings(places))
+
     # Router row and bias start as constants, so any key gives the same frozen leaves.
-    whole = NamedSharding(grid, PartitionSpec())
-    frozen = jax.jit(lambda: stages.split_anchor(init())[1], out_shardings=whole)()
+    frozen = part(1, program.arguments["frozen"])()
+    initial = part(0, program.arguments["state"]["params"])
     return _job(
-        config,
-        c,
-        grid,
-        frozen=frozen,
-        params=placed,
-        initial=jax.jit(lambda: stages.split_anchor(init())[0], out_shardings=_shardings(placed)),
-        tokenizer=tokenize.locate(config.tokenizer),
+        config, program, frozen=frozen, initial=initial, tokenizer=tokenize.locate(config.tokenizer)
     )
+
+
+def _drawn(config: ModelConfig, stage: str, key: jax.Array) -> tree.Tree:
+    """Initial parameters; rows of a joint router that were all zero would route every token alike.
+
+    Source: rows of the reference's mixtures start as other weights do (OLMo-core `init_moe`).
+    """
+    params = model.init_params(config, key)
+    if stage == "joint":
+        shape = params["experts"]["router"].shape
+        rows = jax.random.truncated_normal(jax.random.fold_in(key, 1), -3.0, 3.0, shape)
+        params["experts"]["router"] = model.INIT_STD * rows
+    return params
 
 
 def _expert_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     info, anchor, _ = model_dir.load_model(config.anchor)
-    c = stages.stage_model("expert", info.config)
-    group_axes = model.param_axes(c)["experts"]
-    dtype = jnp.dtype(config.exec.compute_dtype)
-
-    def place(leaves: tree.Tree, axes: tree.Tree) -> tree.Tree:
-        cast = tree.map_named(lambda name, leaf: _frozen_cast(name, leaf, dtype), leaves)
-        return jax.device_put(cast, sharding.param_shardings(cast, axes, grid))
-
-    frozen = {
-        "shared": place(anchor["shared"], model.param_axes(c)["shared"]),
-        "public": place(anchor["experts"], group_axes),
-    }
-    group = tree.map_named(
-        lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), anchor["experts"]
-    )
-    params = {"expert": _abstract(group, sharding.param_shardings(group, group_axes, grid))}
+    program = programs.training(config, info.config, grid)
 
     def initial() -> tree.Tree:
         router_LD = router_init.expert_row(config, info.config, anchor)
@@ -137,10 +147,8 @@ def _expert_job(config: RunConfig, grid: Mesh) -> TrainingJob:
 
     return _job(
         config,
-        c,
-        grid,
-        frozen=frozen,
-        params=params,
+        program,
+        frozen=_placed(stages.split("expert", anchor)[1], program.arguments["frozen"]),
         initial=initial,
         tokenizer=info.tokenizer_path,
         anchor=info,
@@ -148,77 +156,60 @@ def _expert_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     )
 
 
+def _router_job(config: RunConfig, grid: Mesh) -> TrainingJob:
+    info, params, _ = model_dir.load_model(config.anchor)
+    if info.is_anchor:
+        raise ConfigError(
+            "Router tuning needs a model with experts",
+            got="an anchor",
+            where=config.anchor,
+            fix="stitch one with flexolmo stitch",
+        )
+    program = programs.training(config, info.config, grid)
+    rows, kept = stages.split("router", params)
+    frozen = _placed(kept, program.arguments["frozen"])
+    if len(info.slots) < info.config.n_slots:
+        filled = np.isin(np.arange(info.config.n_slots), list(info.slots.values()))
+        frozen["filled"] = jax.device_put(filled, NamedSharding(grid, PartitionSpec()))
+    return _job(
+        config,
+        program,
+        frozen=frozen,
+        initial=lambda: tree.map_named(lambda _, leaf: jnp.asarray(leaf, jnp.float32), rows),
+        tokenizer=info.tokenizer_path,
+        anchor=info,
+    )
+
+
+def _placed(leaves: tree.Tree, like: tree.Tree) -> tree.Tree:
+    """Leaves in the dtypes and at the places of abstract ones."""
+    cast = jax.tree.map(lambda leaf, x: leaf.astype(x.dtype), leaves, like)
+    return jax.device_put(cast, programs.shardings(like))
+
+
 def _job(
-    config: RunConfig,
-    c: ModelConfig,
-    grid: Mesh,
-    *,
-    params: tree.Tree,
-    tokenizer: Path,
-    **rest: Any,
+    config: RunConfig, program: programs.Program, *, tokenizer: Path, **rest: Any
 ) -> TrainingJob:
     """The part of a job that does not depend on the stage."""
     known = tokenize.vocab_size(tokenize.load(tokenizer))
-    if known > c.vocab_size:
+    if known > program.config.vocab_size:
         raise ConfigError(
             "The tokenizer has more ids than the model has embeddings",
-            got=f"{known} ids, vocab_size={c.vocab_size}",
+            got=f"{known} ids, vocab_size={program.config.vocab_size}",
             where=tokenizer,
         )
-    runtime = model.Runtime.resolve(config.exec, c.n_slots, c.n_active, grid)
-    optimizer = optim.make_optimizer(config.optim, params)
     logger.info(
         "stage %s: dispatch %s, compute %s, mesh %s, %d trainable parameters",
         config.stage,
-        runtime.dispatch,
-        runtime.compute_dtype,
-        "x".join(f"{axis}={size}" for axis, size in grid.shape.items()),
-        tree.count(params),
+        program.runtime.dispatch,
+        program.runtime.compute_dtype,
+        "x".join(f"{axis}={size}" for axis, size in program.mesh.shape.items()),
+        tree.count(program.arguments["state"]["params"]),
     )
     return TrainingJob(
         config=config,
-        model=c,
-        runtime=runtime,
-        mesh=grid,
-        optimizer=optimizer,
-        abstract_state=_abstract_state(optimizer, params, grid),
+        program=program,
         tokenizer=tokenizer,
         tokenizer_digest=tree.file_digest(tokenizer),
         **rest,
     )
-
-
-def _frozen_cast(name: str, leaf: Any, dtype: Any) -> Any:
-    """Matmul weights in compute dtype; norms, router and bias stay float32, as they are used."""
-    return (
-        leaf.astype(dtype)
-        if name.split("/")[-1].startswith(("w_", "unembed", "embedding"))
-        else leaf
-    )
-
-
-def _abstract(leaves: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), leaves, shardings
-    )
-
-
-def _shardings(abstract: Any) -> Any:
-    return jax.tree.map(lambda x: x.sharding, abstract)
-
-
-def _abstract_state(
-    optimizer: optax.GradientTransformation, params: tree.Tree, grid: Mesh
-) -> tree.Tree:
-    """State at any step: the moments lie where their parameters lie."""
-    whole = NamedSharding(grid, PartitionSpec())
-    opt = jax.eval_shape(optimizer.init, params)
-    opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, s: s,
-        opt,
-        _shardings(params),
-        transform_non_params=lambda _: whole,
-    )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return {"params": params, "opt": _abstract(opt, opt_shardings), "step": step}

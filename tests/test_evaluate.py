@@ -109,7 +109,7 @@ def test_half_precision_computes_and_float32_trains():
     """Activations in bfloat16; parameters, gradients, moments and the loss stay float32."""
     c = toy.config(n_slots=1, n_active=1)
     params, batch = toy.params(c), toy.batch()
-    trainable, frozen = stages.split_anchor(params)
+    trainable, frozen = stages.split("anchor", params)
     losses = {}
     for dtype in ("float32", "bfloat16"):
         run = model.Runtime("dense", compute_dtype=dtype)

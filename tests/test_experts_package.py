@@ -119,7 +119,7 @@ def test_what_is_no_result_of_a_stage_is_not_written(runs, tmp_path):
     tokenizer = runs / "tokenizer.json"
     common = {"config": CONFIG, "tokenizer_path": tokenizer, "training": TRAINING}
     with pytest.raises(ConfigError):
-        package.write_final(tmp_path, stage="router", params={}, **common)
+        package.write_final(tmp_path, stage="soup", params={}, **common)
     with pytest.raises(ConfigError, match="id"):
         package.write_final(tmp_path, stage="expert", params=slice_tree(1), **common)
     with pytest.raises(CheckpointError, match="leaf-missing"):

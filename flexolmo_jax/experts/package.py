@@ -19,13 +19,14 @@ import jax
 from flexolmo_jax import checkpoint
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.errors import CheckpointError, ConfigError
+from flexolmo_jax.errors import CheckpointError, ConfigError, nearest
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.experts import model_dir
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import atomic_directory, check_files, hash_files, list_files, write_text
 
 FINAL, NAME, PARAMS, TOKENIZER = "final", "final.json", "params", "tokenizer.json"
+STAGES = ("anchor", "expert", "router", "joint")
 KEYS = {"kind", "schema", "digest", "stage", "expert_id", "model", "anchor_digest"}
 KEYS |= {"tokenizer_digest", "training", "recipe", "files"}
 # One word with a separator in it; prose and numbers are left alone.
@@ -67,16 +68,17 @@ def write_final(
     """Writes W/final, replacing an older one only once the new one is complete.
 
     Args:
-      stage: "anchor", with params {"shared", "experts"} of one slot, or "expert", with a slice.
-      config: of the anchor, also for an expert.
+      stage: "anchor" or "joint", with params {"shared", "experts"} of every slot; "expert", with
+        a slice; "router", with the router rows and biases of every slot.
+      config: of the model that the stage trains or starts from.
       training: exactly steps, tokens and seed.
 
     Raises:
       ConfigError: an expert without an id or an anchor digest.
       CheckpointError: params of other names or shapes than stage and config say.
     """
-    if stage not in ("anchor", "expert"):
-        raise ConfigError("Only an anchor or an expert can be finished", got=stage)
+    if stage not in STAGES:
+        raise ConfigError("No stage ends like this", got=stage, fix=nearest(stage, STAGES))
     if stage == "expert" and not (manifests.is_slug(expert_id) and anchor_digest):
         raise ConfigError(
             "A finished expert needs an id and the digest of its anchor",
@@ -116,13 +118,20 @@ def write_final(
 
 def expected(stage: str, config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Leaf name to shape of the weights that a stage ends with."""
+    piece = slices.expected_slice(config)
     if stage == "expert":
-        return slices.expected_slice(config)
-    one = {
-        f"experts/{name}": jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[1:]), x.dtype)
-        for name, x in slices.expected_slice(config).items()
+        return piece
+    slots = 1 if stage == "anchor" else config.n_slots
+    group = {
+        name: jax.ShapeDtypeStruct((x.shape[0], slots, *x.shape[1:]), x.dtype)
+        for name, x in piece.items()
     }
-    return {**one, **{f"shared/{n}": x for n, x in model_dir.expected_shared(config).items()}}
+    if stage == "router":
+        return {name: group[name] for name in ("router", "bias")}
+    shared = model_dir.expected_shared(config)
+    return {f"experts/{n}": x for n, x in group.items()} | {
+        f"shared/{n}": x for n, x in shared.items()
+    }
 
 
 def read_final(workdir: str | Path) -> Final:
@@ -171,7 +180,7 @@ def read_params(final: Final) -> trees.Tree:
 def package(
     run_dir: str | Path, out: str | Path, data_card: str | Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Turns a finished run into a model directory (anchor) or a slice directory (expert).
+    """Turns a finished run into a model directory (anchor, joint) or a slice directory (expert).
 
     Args:
       data_card: what the training text was: an object, a text, or a file with one of the two.
@@ -187,14 +196,22 @@ def package(
     card = read_card(data_card)
     recipe = without_paths(final.recipe)
     params = read_params(final)
-    if final.stage == "anchor":
+    if final.stage in ("anchor", "joint"):
+        together = range(1, final.config.n_slots if final.stage == "joint" else 1)
+        experts = [
+            model_dir.Member(
+                f"joint-{slot}", slices.take_slot(params["experts"], slot), final.training, recipe
+            )
+            for slot in together
+        ]
         info = model_dir.write_model(
             out,
-            final.config.replace(n_slots=1, n_active=1),
+            final.config if experts else final.config.replace(n_slots=1, n_active=1),
             params["shared"],
             slices.take_slot(params["experts"], 0),
             final.path / TOKENIZER,
             {**final.training, "recipe": recipe, "data_card": card},
+            experts=experts,
         )
         digests = {"anchor_digest": info.anchor_digest, "model_digest": info.model_digest}
         return {"kind": "model", "path": str(out), **digests}

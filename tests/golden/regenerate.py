@@ -112,7 +112,7 @@ def steps(stage: str) -> list[dict[str, float]]:
     anchor = toy.params(toy.config(n_slots=1, n_active=1))
     c = stages.stage_model(stage, toy.CONFIG)
     if stage == "anchor":
-        params, frozen = stages.split_anchor(anchor)
+        params, frozen = stages.split("anchor", anchor)
     else:
         row = np.random.default_rng(5).standard_normal((c.n_layers, c.d_model))
         params = {"expert": stages.upcycle(anchor, row, bias=-2.0)}

@@ -137,7 +137,7 @@ def test_our_own_training_step(name, pair_of, close, tmp_path):
     # The same through `step.train_step`, which splits off what it does not train.
     pair = pair_of(name)
     (want, wanted_norms), _, _ = their_steps(pair, tmp_path, router=False)
-    trainable, frozen = stages.split_anchor(jax.tree.map(jnp.asarray, pair.params))
+    trainable, frozen = stages.split("anchor", jax.tree.map(jnp.asarray, pair.params))
     optimizer = optim.make_optimizer(OPTIM, trainable)
     state = {"params": trainable, "opt": optimizer.init(trainable), "step": jnp.int32(0)}
     one = jax.jit(
