@@ -23,6 +23,7 @@ import numpy as np
 from flexolmo_jax import checkpoint
 from flexolmo_jax import tree as trees
 from flexolmo_jax.errors import CheckpointError, Problem, RefusedError
+from flexolmo_jax.experts import regions
 
 BLOCK = 8 << 20
 ZARR_DTYPES = {"float32": "<f4", "bfloat16": "bfloat16"}
@@ -241,17 +242,9 @@ def read_rows(
 
 
 def _read(folder: Path, name: str, entry: Mapping[str, Any], start: int, count: int) -> np.ndarray:
-    """`count` values from number `start` on; copied, as mapped files count as resident memory."""
-    path, dtype = folder / leaf_file(name, entry["shape"]), np.dtype(entry["dtype"])
-    flat = np.fromfile(path, dtype, count=count, offset=start * dtype.itemsize)
-    if flat.size != count:
-        raise CheckpointError(
-            "The file of a leaf is too short",
-            got=start + flat.size,
-            expected=start + count,
-            where=path,
-        )
-    return flat
+    """`count` values from number `start` on."""
+    path = folder / leaf_file(name, entry["shape"])
+    return regions.read_values(path, np.dtype(entry["dtype"]), start, count)
 
 
 def read_leaf(folder: Path, name: str, entry: Mapping[str, Any]) -> np.ndarray:

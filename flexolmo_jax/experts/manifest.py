@@ -103,15 +103,22 @@ def read(folder: Path, kind: str | None = None) -> tuple[dict[str, Any] | None, 
         return None, [Problem("file-missing", str(path), "", "no flexolmo.json in this directory")]
     if path.stat().st_size > MAX_BYTES:
         return None, [_bad(path, f"larger than {MAX_BYTES} bytes")]
+    return parse(path.read_bytes(), str(path), kind)
+
+
+def parse(
+    data: bytes, where: str, kind: str | None = None
+) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """`read` of bytes that came from `where`."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = data.decode("utf-8")
         value = json.loads(text, parse_constant=_refuse_constant)
-        problems = check(value, str(path), kind)
+        problems = check(value, where, kind)
         if not problems and text != render(value):
-            problems = [_bad(path, "not written as this package writes it; the file was changed")]
+            problems = [_bad(where, "not written as this package writes it; the file was changed")]
     except (ValueError, RecursionError) as e:
         # Not only from the parser: 1e999 and half a surrogate pair parse, but have no rendering.
-        return None, [_bad(path, f"not JSON: {str(e)[:200]}")]
+        return None, [_bad(where, f"not JSON: {str(e)[:200]}")]
     return (None, problems) if problems else (value, [])
 
 

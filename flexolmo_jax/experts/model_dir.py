@@ -19,7 +19,7 @@ from flexolmo_jax import checkpoint, model
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError, nearest
-from flexolmo_jax.experts import leafio
+from flexolmo_jax.experts import leafio, remote
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import atomic_directory, check_files, hash_files, require_space
@@ -243,7 +243,7 @@ def write_info(
 
 def parse_info(path: str | Path) -> tuple[ModelInfo | None, list[Problem]]:
     """`read_info` that returns the problems instead of raising them."""
-    path = Path(path)
+    path = remote.local_dir(path)
     value, problems = manifests.read(path, "model")
     if value is None:
         return None, problems

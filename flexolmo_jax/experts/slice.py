@@ -15,7 +15,7 @@ from flexolmo_jax import checkpoint, model
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import CheckpointError, Problem, RefusedError
-from flexolmo_jax.experts import leafio
+from flexolmo_jax.experts import leafio, remote
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.files import atomic_directory, check_files, list_files
 
@@ -165,8 +165,8 @@ def write_slice(
 
 
 def read_slice_info(path: str | Path) -> tuple[SliceInfo | None, list[Problem]]:
-    """The manifest of a slice directory; reads that one file."""
-    path = Path(path)
+    """The manifest of a slice directory; reads that one file (of a URL, all: see `remote`)."""
+    path = remote.local_dir(path)
     value, problems = manifests.read(path, "slice")
     if value is None:
         return None, problems

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flexolmo_jax.errors import Problem, RefusedError
 from flexolmo_jax.experts import manifest as manifests
-from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import model_dir, remote
 from flexolmo_jax.experts import slice as slices
 
 
@@ -13,8 +13,16 @@ def verify(path: str | Path) -> list[Problem]:
     """Schema, then the digest of every file, then digest and finiteness of every leaf.
 
     Leaves are only read once all files are what they should be. Empty means nothing was found.
+    Of a URL, every object is read again, whatever the cache of this machine holds.
     """
-    path = Path(path)
+    try:
+        with remote.fresh():
+            return _verify(remote.local_dir(path))
+    except RefusedError as e:
+        return list(e.problems)
+
+
+def _verify(path: Path) -> list[Problem]:
     value, problems = manifests.read(path)
     if value is None:
         return problems
@@ -56,7 +64,7 @@ def identity(path: str | Path) -> dict[str, str]:
     Raises:
       RefusedError: its flexolmo.json cannot be used.
     """
-    value, problems = manifests.read(Path(path))
+    value, problems = manifests.read(remote.local_dir(path))
     if value is None:
         raise RefusedError(f"{path} cannot be used", problems)
     if value["kind"] == "slice":

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from flexolmo_jax.errors import Problem
-from flexolmo_jax.files import require_space
+from flexolmo_jax.files import require_space, write_text
 from flexolmo_jax.storage import client, urls
 
 logger = logging.getLogger("flexolmo")
@@ -62,11 +62,14 @@ def _blob(digest: str) -> Path:
     return root() / "blobs" / name[:2] / name
 
 
-def fetch(origin: str, wanted: Mapping[str, Wanted]) -> tuple[dict[str, Path], list[Problem]]:
+def fetch(
+    origin: str, wanted: Mapping[str, Wanted], *, again: bool = False
+) -> tuple[dict[str, Path], list[Problem]]:
     """Local files of the objects, all of them checked; objects of other content are problems.
 
     Args:
       origin: what to say that the objects come from.
+      again: read them also where the cache has them, as their store may have changed.
 
     Raises:
       MachineError: too little room, or no answer from the store.
@@ -80,7 +83,7 @@ def fetch(origin: str, wanted: Mapping[str, Wanted]) -> tuple[dict[str, Path], l
         logger.info("fetching %s", what)
         progress = _Progress(what, total)
         with concurrent.futures.ThreadPoolExecutor(client.THREADS) as pool:
-            for found in pool.map(lambda w: _fetch_one(w, progress), missing):
+            for found in pool.map(lambda w: _fetch_one(w, progress, again), missing):
                 problems += found
     return {name: _blob(w.digest) for name, w in wanted.items()}, problems
 
@@ -98,10 +101,10 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _fetch_one(w: Wanted, progress: "_Progress") -> list[Problem]:
+def _fetch_one(w: Wanted, progress: "_Progress", again: bool) -> list[Problem]:
     blob = _blob(w.digest)
     with _lock(blob.with_name(blob.name + ".lock")):
-        if _holds(blob, w.size):
+        if _holds(blob, w.size) and not again:
             return []
         part = blob.with_name(blob.name + ".part")
         try:
@@ -156,10 +159,31 @@ class _Progress:
             logger.info("fetching %s: %d %%", self._what, 100 * self._done // self._total)
 
 
-def lay_out(view: Path, files: Mapping[str, Path]) -> Path:
+def keep(data: bytes) -> Path:
+    """The file of the cache that holds these bytes."""
+    blob = _blob(hashlib.sha256(data).hexdigest())
+    if not _holds(blob, len(data)):
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        part = blob.with_name(f"{blob.name}.{os.getpid()}.{threading.get_ident()}.part")
+        part.write_bytes(data)
+        part.chmod(0o444)
+        os.replace(part, blob)
+    return blob
+
+
+def note(path: Path, text: str) -> None:
+    """Writes a small file of the cache, which another process may be writing too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
+
+
+def lay_out(view: Path, files: Mapping[str, Path], hollow: Mapping[str, int] | None = None) -> Path:
     """A directory of files from the cache; appears whole, and an existing one is kept.
 
     Hard links, as a directory of links to elsewhere is refused by every reader of this package.
+
+    Args:
+      hollow: path to size of files without content, whose bytes are read elsewhere.
     """
     if view.is_dir():
         return view
@@ -168,6 +192,10 @@ def lay_out(view: Path, files: Mapping[str, Path]) -> Path:
         for name, blob in files.items():
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             link(blob, work / name)
+        for name, size in (hollow or {}).items():
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            with open(work / name, "wb") as file:
+                file.truncate(size)
         view.parent.mkdir(parents=True, exist_ok=True)
         work.chmod(0o755)
         with contextlib.suppress(OSError):  # Another process was first, with the same content.

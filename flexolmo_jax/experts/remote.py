@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model and slice directories of a URL, on this machine: verified copies, or regions read there.
+
+A directory is copied into the cache when it is opened, an expert of a model when that expert is;
+every file is checked against the manifest on its way. Within `by_region`, large files stay where
+they are: each process checks its share of their bytes and then reads only the regions it needs.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexolmo_jax.errors import Problem, RefusedError
+from flexolmo_jax.experts import leafio, regions
+from flexolmo_jax.experts import manifest as manifests
+from flexolmo_jax.storage import cache, client, output, urls
+
+EXPERTS = "experts"
+# Files that describe arrays or tokens; what is larger is not ours.
+MAX_SMALL = 64 << 20
+_LARGE = 8 << 20
+_ORIGIN = ".origin"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Which process of how many checks which files; None reads copies."""
+
+    index: int
+    count: int
+
+
+_share: contextvars.ContextVar[_Share | None] = contextvars.ContextVar("share", default=None)
+_fresh: contextvars.ContextVar[bool] = contextvars.ContextVar("fresh", default=False)
+
+
+@contextlib.contextmanager
+def fresh() -> Iterator[None]:
+    """Within it, every object is read again, whatever the cache holds."""
+    token = _fresh.set(True)
+    try:
+        yield
+    finally:
+        _fresh.reset(token)
+
+
+@contextlib.contextmanager
+def by_region(index: int, count: int) -> Iterator[None]:
+    """Within it, large files are not copied; this process checks one share in `count` of them.
+
+    Every process must open the same directories in the same order.
+    """
+    token = _share.set(_Share(index, count))
+    try:
+        yield
+    finally:
+        _share.reset(token)
+
+
+def local_dir(path: str | Path) -> Path:
+    """A model or slice directory on this machine; a local path is returned as it is.
+
+    Raises:
+      RefusedError: objects that are missing, too many, or not what the manifest says.
+      ConfigError, MachineError: see `storage.client`.
+    """
+    url = urls.as_url(path)
+    if url is not None:
+        return _view(url)
+    path = Path(path)
+    origin = path.parent.parent.with_name(path.parent.parent.name + _ORIGIN)
+    if path.parent.name != EXPERTS or not path.is_relative_to(cache.root()):
+        return path
+    if not origin.is_file() or (path.exists() and not _fresh.get()):
+        return path
+    return _view(f"{origin.read_text(encoding='utf-8')}/{EXPERTS}/{path.name}", path)
+
+
+def _view(url: str, target: Path | None = None) -> Path:
+    """Fetches what a manifest at `url` lists, and lays it out."""
+    data = client.read(f"{url}/{manifests.NAME}", manifests.MAX_BYTES)
+    listing = client.list_objects(url)
+    value, problems = _parsed(url, data, listing)
+    if value is None:
+        raise RefusedError(f"{url} is no model or slice that can be used", problems)
+    assert data is not None
+    wanted, problems = _wanted(url, value, listing)
+    if problems:
+        raise RefusedError(f"{url} cannot be used", problems)
+    share = _share.get()
+    view = target or cache.view_path(url, hashlib.sha256(data).hexdigest())
+    if share is not None and target is None:
+        view = view.with_name(view.name + regions.MARK)
+    there: dict[str, cache.Wanted] = {}
+    if share is not None:
+        there = {name: w for name, w in wanted.items() if w.size >= _LARGE}
+        problems += _check_share(there, share)
+    here = {name: w for name, w in wanted.items() if name not in there}
+    blobs, found = cache.fetch(url, here, again=_fresh.get())
+    if problems + found:
+        raise RefusedError(f"{url} is not what its manifest says", problems + found)
+    blobs[manifests.NAME] = cache.keep(data)
+    if value["kind"] == "model":
+        cache.note(view.with_name(view.name + _ORIGIN), url)
+    if there:
+        regions.note(view, {name: (w.url, w.etag) for name, w in there.items()})
+    return cache.lay_out(view, blobs, {name: w.size for name, w in there.items()})
+
+
+def _parsed(
+    url: str, data: bytes | None, listing: Mapping[str, client.Entry]
+) -> tuple[dict[str, Any] | None, list[Problem]]:
+    where = f"{url}/{manifests.NAME}"
+    if data is not None:
+        return manifests.parse(data, where)
+    message = "no flexolmo.json under this URL"
+    if output.CLAIM in listing:
+        message += "; an upload to it was not finished"
+    elif not listing:
+        message = "there is nothing under this URL"
+    return None, [Problem("file-missing", where, "", message)]
+
+
+def _wanted(
+    url: str, value: Mapping[str, Any], listing: Mapping[str, client.Entry]
+) -> tuple[dict[str, cache.Wanted], list[Problem]]:
+    """Files that the manifest lists, as the store has them; names and sizes that do not fit."""
+    files: Mapping[str, str] = value["files"]
+    slots = {row["expert"] for row in value["slots"]} if value["kind"] == "model" else set()
+    out, problems = {}, []
+    for name in sorted(set(listing) - set(files) - {manifests.NAME, output.CLAIM}):
+        parts = name.split("/")
+        if parts[0] == EXPERTS and len(parts) > 2 and parts[1] in slots:
+            continue
+        code = "leftover-state" if manifests.is_leftover(name) else "file-extra"
+        problems.append(Problem(code, f"{url}/{name}", "", "there, but not listed"))
+    sizes = _sizes(value)
+    for name, digest in sorted(files.items()):
+        where, entry = f"{url}/{name}", listing.get(name)
+        if entry is None:
+            problems.append(Problem("file-missing", where, "", "listed, but not there"))
+        elif (entry.size > MAX_SMALL and name not in sizes) or entry.size != sizes.get(
+            name, entry.size
+        ):
+            message = f"{entry.size} bytes, expected {sizes.get(name, f'at most {MAX_SMALL}')}"
+            problems.append(Problem("file-size", where, "", message))
+        else:
+            out[name] = cache.Wanted(where, digest, entry.size, entry.etag)
+    return out, problems
+
+
+def _sizes(value: Mapping[str, Any]) -> dict[str, int]:
+    """Path to size of the files that hold leaves, which alone may be large."""
+    model = value["kind"] == "model"
+    folder, table = ("shared", value["shared"]) if model else ("params", value["leaves"])
+    return {
+        f"{folder}/{leafio.leaf_file(name, entry['shape'])}": math.prod(entry["shape"])
+        * manifests.DTYPES[entry["dtype"]]
+        for name, entry in table.items()
+    }
+
+
+def _check_share(there: Mapping[str, cache.Wanted], share: _Share) -> list[Problem]:
+    """Problems in this process's share; a problem of another process is one of all."""
+    problems: list[Problem] = []
+    mine = [w for i, w in enumerate(there.values()) if i % share.count == share.index]
+    for w in mine:
+        problems += cache.check(w)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        bad = multihost_utils.process_allgather(np.int32(len(problems)))
+        if bad.sum() and not problems:
+            message = "another process found it changed; its message says which file"
+            problems.append(Problem("file-digest", mine[0].url if mine else "", "", message))
+    return problems
