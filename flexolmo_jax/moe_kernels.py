@@ -200,12 +200,11 @@ def _write(x: jax.Array, start: jax.Array, value: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x, value.astype(x.dtype), start, 0)
 
 
-def _each_block(rows: int, first: jax.Array, n_blocks: jax.Array, body, carry):
+def _each_block(rows: int, source, first: jax.Array, n_blocks: jax.Array, body, carry):
     """`carry = body(start row, rows, carry)` over the blocks of a slot, several at once if it can.
 
     A matmul reaches its speed with many rows; padding stays below one small block.
     """
-    several = n_blocks // SEVERAL
 
     def large(i, carry):
         return body((first + i * SEVERAL) * rows, SEVERAL * rows, carry)
@@ -213,6 +212,9 @@ def _each_block(rows: int, first: jax.Array, n_blocks: jax.Array, body, carry):
     def small(i, carry):
         return body((first + i) * rows, rows, carry)
 
+    if source.size < SEVERAL * rows:
+        return jax.lax.fori_loop(0, n_blocks, small, carry)
+    several = n_blocks // SEVERAL
     carry = jax.lax.fori_loop(0, several, large, carry)
     return jax.lax.fori_loop(several * SEVERAL, n_blocks, small, carry)
 
@@ -234,7 +236,7 @@ def _blocked(rows, bound, x_MD, weight_MA, index_MA, w_gate, w_up, w_down):
         def block(start, n, y_rows):
             return _write(y_rows, start, swiglu(_read(x_rows, start, n), *weights))
 
-        return _each_block(rows, first, n_blocks, block, y_rows), None
+        return _each_block(rows, source, first, n_blocks, block, y_rows), None
 
     xs = (first_E, blocks_E, w_gate, w_up, w_down)
     y_rows = jax.lax.scan(slot, jnp.zeros_like(x_rows), xs)[0]
@@ -261,7 +263,7 @@ def _blocked_fwd(rows, bound, x_MD, weight_MA, index_MA, w_gate, w_up, w_down):
                 _write(up_rows, start, up),
             )
 
-        return _each_block(rows, first, n_blocks, block, carry), None
+        return _each_block(rows, source, first, n_blocks, block, carry), None
 
     hidden_rows = jnp.zeros((source.size, w_gate.shape[2]), x_MD.dtype)
     xs = (first_E, blocks_E, w_gate, w_up, w_down)
@@ -292,7 +294,7 @@ def _blocked_bwd(rows, bound, saved, dy_MD):
             return out, tuple(total + part for total, part in zip(sums, dw, strict=True))
 
         zeros = tuple(jnp.zeros_like(w) for w in weights)
-        return _each_block(rows, first, n_blocks, block, (carry, zeros))
+        return _each_block(rows, source, first, n_blocks, block, (carry, zeros))
 
     start = (jnp.zeros_like(x_rows), jnp.zeros(source.shape, jnp.float32))
     xs = (first_E, blocks_E, w_gate, w_up, w_down)

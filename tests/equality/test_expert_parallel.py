@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every strategy of expert parallelism against the dense mixture on one device.
+
+Float32; values and gradients of all inputs. Sums in another order differ in the last bits:
+TOLERANCE is ten times the largest difference seen here (relative to the largest entry).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexolmo_jax import mesh, moe, router
+from flexolmo_jax.sharding import PARAM_RULES, spec_for
+
+TOLERANCE = 2e-5
+D, F, A = 16, 24, 2
+MESHES = [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)]
+STRATEGIES = ["fsdp", "ring", "all_to_all_twin"]
+AXES = {
+    "w_gate": ("expert", "embed", "ffn"),
+    "w_up": ("expert", "embed", "ffn"),
+    "w_down": ("expert", "ffn", "embed"),
+}
+
+
+def draw(seed, slots=8, rows=8, length=6, allowed=None):
+    """Tokens, experts and logits, with what the output is weighted by for a scalar."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return {
+        "x": normal(rows, length, D),
+        "logits": normal(rows, length, slots) if allowed is None else allowed,
+        "w_gate": normal(slots, D, F),
+        "w_up": normal(slots, D, F),
+        "w_down": normal(slots, F, D),
+        "probe": normal(rows, length, D),
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(grid, dispatch, strategy, capacity=0.0, shards=None):
+    """Output, and gradients with regard to everything, of a mixture whose rows may be limited."""
+
+    def scalar(inputs, allowed_BE):
+        routing = router.route(inputs["logits"], A, allowed_BE=allowed_BE)
+        if capacity:
+            routing, _ = moe.limit(routing, capacity, shards or moe.n_shards(grid))
+        y_BTD = moe.mixture(
+            inputs["x"],
+            [{name: inputs[name] for name in moe.WEIGHTS}],
+            routing,
+            dispatch=dispatch,
+            parallel=strategy,
+            capacity=capacity,
+            mesh=grid,
+        )
+        return jnp.sum(y_BTD * inputs["probe"]), y_BTD
+
+    return jax.jit(jax.grad(scalar, has_aux=True))
+
+
+def run(inputs, allowed=None, *, shape=None, dispatch="dense", strategy="fsdp", **limits):
+    grid = None if shape is None else mesh.make_mesh(*shape)
+    if grid is not None:
+        # As a checkpoint is laid out, so that gathering the matrices is part of the test.
+        placed = {
+            n: jax.NamedSharding(grid, spec_for(AXES[n], inputs[n].shape, grid, PARAM_RULES))
+            for n in moe.WEIGHTS
+        }
+        inputs = {n: jax.device_put(x, placed[n]) if n in placed else x for n, x in inputs.items()}
+    grads, y = compiled(grid, dispatch, strategy, **limits)(inputs, allowed)
+    return jax.device_get({"y": y, **grads})
+
+
+def assert_same(got, want):
+    for name, value in want.items():
+        scale = max(np.abs(value).max(), 1e-3)
+        np.testing.assert_allclose(got[name] / scale, value / scale, atol=TOLERANCE, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_equals_dense(strategy, shape):
+    inputs = draw(0)
+    assert_same(run(inputs, shape=shape, dispatch="blocked", strategy=strategy), run(inputs))
+
+
+# `ragged_dot` off TPU and the dense kernel are slower to compile: one mesh with every axis.
+@pytest.mark.parametrize("dispatch", ["dense", "ragged"])
+@pytest.mark.parametrize("strategy", ["ring", "all_to_all_twin"])
+def test_every_kernel_in_every_strategy(dispatch, strategy):
+    inputs = draw(1)
+    assert_same(run(inputs, shape=(2, 2, 2), dispatch=dispatch, strategy=strategy), run(inputs))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("slots", "rows", "length"),
+    [
+        pytest.param(5, 8, 4, id="slots that 4 does not divide"),
+        pytest.param(8, 3, 7, id="rows and tokens that 8 does not divide"),
+    ],
+)
+def test_shapes_that_the_mesh_does_not_divide(strategy, slots, rows, length):
+    inputs = draw(2, slots=slots, rows=rows, length=length)
+    got = run(inputs, shape=(2, 4, 1), dispatch="blocked", strategy=strategy)
+    assert_same(got, run(inputs))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_tokens_on_one_slot_and_none_on_the_others(strategy):
+    inputs = draw(3)
+    for slot in (0, 7):
+        allowed = jnp.zeros((8, 8), bool).at[:, slot].set(True)
+        got = run(inputs, allowed, shape=(2, 4, 1), dispatch="blocked", strategy=strategy)
+        assert_same(got, run(inputs, allowed))
+        unused = np.delete(got["w_up"], slot, axis=0)
+        np.testing.assert_array_equal(unused, 0.0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("fill", [np.nan, np.inf, "random"], ids=str)
+def test_a_denied_slot_may_hold_anything(strategy, fill):
+    """Rows that may not use slot 2 keep every bit, while row 1 uses it."""
+    inputs = draw(4)
+    allowed = jnp.ones((8, 8), bool).at[:, 2].set(False).at[1, 2].set(True)
+    inputs["logits"] = inputs["logits"].at[1, :, 2].set(9.0)
+    value = 7 * inputs["w_up"][3, 0, 0] if fill == "random" else fill
+    spoilt = {n: x.at[2].set(value) if n in moe.WEIGHTS else x for n, x in inputs.items()}
+    options = {"shape": (2, 4, 1), "dispatch": "blocked", "strategy": strategy}
+    want, got = run(inputs, allowed, **options), run(spoilt, allowed, **options)
+    others = np.delete(np.arange(8), 1)
+    for name in ("y", "x", "logits"):
+        np.testing.assert_array_equal(got[name][others], want[name][others], err_msg=name)
+    for name in moe.WEIGHTS:
+        kept = np.delete(np.arange(8), 2)
+        np.testing.assert_array_equal(got[name][kept], want[name][kept], err_msg=name)
+    assert not np.array_equal(got["y"][1], want["y"][1], equal_nan=True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("capacity", [1.0, 0.4])
+def test_capacity_drops_the_same_in_every_strategy(strategy, capacity):
+    """Buffers shrink with it, and still nothing is lost but what `limit` drops."""
+    inputs = draw(5)
+    inputs["logits"] = inputs["logits"].at[..., 1].add(2.0)
+    got = run(inputs, shape=(2, 4, 1), dispatch="blocked", strategy=strategy, capacity=capacity)
+    want = run(inputs, capacity=capacity, shards=8)
+    assert_same(got, want)
+    assert np.abs(want["y"] - run(inputs)["y"]).max() > 0.1
+
+
+def test_a_limit_drops_later_tokens_and_lesser_choices_and_counts_both_sides():
+    """Two shards of four tokens, three slots: one slot takes ceil(0.5 · 4 · 2 / 3) = 2."""
+    index = jnp.array([[[0, 1], [0, 1], [1, 0], [0, 2]], [[2, 1], [1, 2], [0, 1], [2, 3]]])
+    weight = jnp.where(index < 3, jnp.array([0.6, 0.4]), 0.0)
+    routing = router.Routing(index, weight, jnp.zeros((2, 4, 3)))
+    limited, drops = jax.jit(functools.partial(moe.limit, capacity=0.5, shards=2))(routing)
+    np.testing.assert_array_equal(
+        limited.index_BTA,
+        [[[0, 1], [0, 3], [1, 3], [3, 2]], [[2, 1], [1, 3], [0, 3], [2, 3]]],
+    )
+    np.testing.assert_array_equal(limited.weight_BTA > 0, limited.index_BTA < 3)
+    np.testing.assert_array_equal(drops.lost_S, [3, 2])
+    np.testing.assert_array_equal(drops.refused_E, [2, 2, 1])
+    np.testing.assert_array_equal(drops.asked_E, [5, 6, 4])
+    everything, none = moe.limit(routing, 3.0, 2)
+    np.testing.assert_array_equal(everything.index_BTA, index)
+    assert not np.any(none.lost_S)
