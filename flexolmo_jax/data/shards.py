@@ -236,29 +236,41 @@ def _fill(
 ) -> dict[str, Any]:
     """Writes records, lengths and sidecar into an empty folder and returns the sidecar."""
     vocab_size = facts["vocab_size"]
-    width = 2 if vocab_size <= 1 << 16 else 4
-    checked = _checked(documents, vocab_size, facts["eos_id"])
-    lengths, files, (low, high) = _write_files(folder, checked, width, shard_tokens)
-    np.save(folder / LENGTHS, np.asarray(lengths, np.int64), allow_pickle=False)
+    width = id_width(vocab_size)
+    proved = checked(documents, vocab_size, facts["eos_id"])
+    return write_sidecar(folder, facts, _write_files(folder, proved, width, shard_tokens))
+
+
+def write_sidecar(
+    folder: Path, facts: Mapping[str, Any], files: Mapping[str, "FileFacts"]
+) -> dict[str, Any]:
+    """Completes a folder of record files by lengths and sidecar, and returns the sidecar.
+
+    Args:
+      facts: the keys of the sidecar that do not follow from the files.
+      files: name to facts, in the order of the stream.
+    """
+    lengths = np.concatenate([f.lengths for f in files.values()])
+    np.save(folder / LENGTHS, lengths, allow_pickle=False)
     info = {
         **facts,
         "schema": SCHEMA,
         "kind": "tokens",
         "documents": len(lengths),
-        "tokens": sum(lengths),
-        "width": width,
-        "min_id": low,
-        "max_id": high,
+        "tokens": int(lengths.sum()),
+        "width": id_width(facts["vocab_size"]),
+        "min_id": min(f.low for f in files.values()),
+        "max_id": max(f.high for f in files.values()),
         "document_lengths_file": LENGTHS,
         "document_lengths_digest": file_digest(folder / LENGTHS),
-        "files": files,
+        "files": {name: f.entry for name, f in files.items()},
     }
     info["sidecar_digest"] = json_digest(info)
     (folder / SIDECAR).write_text(canonical_json(info) + "\n", encoding="utf-8")
     return json.loads(canonical_json(info))
 
 
-def _checked(documents: Iterable[np.ndarray], vocab_size: int, eos_id: int) -> Iterator[np.ndarray]:
+def checked(documents: Iterable[np.ndarray], vocab_size: int, eos_id: int) -> Iterator[np.ndarray]:
     """The documents, each proved to be one that `open_shards` will accept."""
     number = -1
     for number, ids in enumerate(documents):
@@ -270,38 +282,78 @@ def _checked(documents: Iterable[np.ndarray], vocab_size: int, eos_id: int) -> I
         raise DataError("There are no documents to write")
 
 
+def id_width(vocab_size: int) -> int:
+    """Bytes per stored id."""
+    return 2 if vocab_size <= 1 << 16 else 4
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFacts:
+    """What the sidecar needs to know of one record file.
+
+    Attributes:
+      entry: its line in the table of files.
+      lengths: tokens per document, int64.
+      low, high: least and greatest id.
+    """
+
+    entry: dict[str, Any]
+    lengths: np.ndarray
+    low: int
+    high: int
+
+
+class RecordFile:
+    """One record file being written; the same documents give the same bytes."""
+
+    def __init__(self, file: Path, width: int):
+        # One record per chunk: any document can be read without its neighbours.
+        self._writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
+        self._file, self._dtype = file, np.dtype(f"<u{width}")
+        self._lengths: list[int] = []
+        self._low, self._high = 1 << 62, -1
+        self.tokens = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Writes one document."""
+        self._writer.write(ids.astype(self._dtype).tobytes())
+        self._lengths.append(len(ids))
+        self.tokens += len(ids)
+        self._low, self._high = min(self._low, int(ids.min())), max(self._high, int(ids.max()))
+
+    def close(self) -> FileFacts:
+        """Ends the file."""
+        self._writer.close()
+        entry = {
+            "documents": len(self._lengths),
+            "tokens": self.tokens,
+            "digest": file_digest(self._file),
+            "bytes": self._file.stat().st_size,
+        }
+        return FileFacts(entry, np.asarray(self._lengths, np.int64), self._low, self._high)
+
+
 def _write_files(
     folder: Path, documents: Iterable[np.ndarray], width: int, shard_tokens: int
-) -> tuple[list[int], dict[str, Any], tuple[int, int]]:
-    """Writes the record files; returns document lengths, table of files, least and greatest id."""
-    lengths: list[int] = []
-    files: dict[str, Any] = {}
-    low, high = 1 << 62, -1
-    writer, name, documents_here, tokens_here = None, "", 0, 0
-
-    def finish() -> None:
-        writer.close()
-        file = folder / name
-        files[name] = {
-            "documents": documents_here,
-            "tokens": tokens_here,
-            "digest": file_digest(file),
-            "bytes": file.stat().st_size,
-        }
-
+) -> dict[str, FileFacts]:
+    """Writes the record files, a new one whenever one is full."""
+    files: dict[str, FileFacts] = {}
+    file: RecordFile | None = None
     for ids in documents:
-        if writer is None or tokens_here >= shard_tokens:
-            if writer is not None:
-                finish()
-            name, documents_here, tokens_here = f"tokens-{len(files):05}.array_record", 0, 0
-            # One record per chunk: any document can be read without its neighbours.
-            writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1")
-        writer.write(ids.astype(f"<u{width}").tobytes())
-        lengths.append(len(ids))
-        documents_here, tokens_here = documents_here + 1, tokens_here + len(ids)
-        low, high = min(low, int(ids.min())), max(high, int(ids.max()))
-    finish()
-    return lengths, files, (low, high)
+        if file is not None and file.tokens >= shard_tokens:
+            files[file_name(len(files))] = file.close()
+            file = None
+        if file is None:
+            file = RecordFile(folder / file_name(len(files)), width)
+        file.add(ids)
+    if file is not None:
+        files[file_name(len(files))] = file.close()
+    return files
+
+
+def file_name(number: int) -> str:
+    """Name of the record file with this number."""
+    return f"tokens-{number:05}.array_record"
 
 
 def is_shard_dir(path: Path | str) -> bool:

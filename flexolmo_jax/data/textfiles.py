@@ -59,12 +59,13 @@ def _kind(path: Path) -> str:
     return max((k for k in KINDS if path.name.lower().endswith(k)), key=len, default="")
 
 
-def _refuse(fault: DataError) -> None:
+def refuse(fault: DataError) -> None:
+    """Refuses a file for its first bad row."""
     raise fault
 
 
 def rows(
-    path: Path, *, bad: Bad = _refuse, every_column: bool = False
+    path: Path, *, bad: Bad = refuse, every_column: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line or row number and content of each row of a file; "text" holds a string, maybe blank.
 
@@ -78,7 +79,7 @@ def rows(
     """
     kind = _kind(path)
     # Bytes that are not UTF-8 become half surrogates, which make a bad row, not a bad file.
-    errors = "strict" if bad is _refuse else "surrogateescape"
+    errors = "strict" if bad is refuse else "surrogateescape"
     try:
         if kind == ".txt":
             found: Rows = iter([(1, {"text": path.read_text(encoding="utf-8", errors=errors)})])
