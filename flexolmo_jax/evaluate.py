@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax import loss, model, tree
+from flexolmo_jax import loss, model, placed, tree
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import DataError
 
@@ -122,9 +122,11 @@ def score_text(
     score = Score()
     for batch in batches:
         rows = len(batch["tokens"])
-        arrays = {k: jnp.asarray(batch[k]) for k in ("tokens", "targets", "segments", "loss_mask")}
-        allowed_BE = jnp.asarray(np.tile(allowed_E, (rows, 1)))
-        out = jax.device_get(
+        arrays = {k: batch[k] for k in ("tokens", "targets", "segments", "loss_mask")}
+        arrays["allowed"] = np.tile(allowed_E, (rows, 1))
+        arrays = placed.whole_batch(arrays, run.mesh) if run.mesh else jax.device_put(arrays)
+        allowed_BE = arrays.pop("allowed")
+        out = placed.fetch(
             score_batch(config, run, shared, groups, arrays, allowed_BE, n_active=n_active)
         )
         _add(score, batch, out, token_bytes)

@@ -6,7 +6,7 @@ On one process each function does what its NumPy counterpart would.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_rows(mesh: Mesh, rows: int) -> np.ndarray:
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that the leaves of a tree lie on, or None for arrays of one device or of NumPy."""
+    where = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    grid = where.mesh if isinstance(where, NamedSharding) else None
+    return grid if isinstance(grid, Mesh) else None
+
+
+def pieces(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["expert"]
+
+
+def batch_rows(mesh: Mesh, rows: int) -> list[int]:
     """Numbers of the rows of a batch that this process's devices hold, ascending.
 
     Processes that share a row (the model axis crosses hosts) each get it. On a pod they need not be
@@ -38,10 +50,12 @@ def batch_rows(mesh: Mesh, rows: int) -> np.ndarray:
     """
     indices = sharding.batch_sharding(mesh).addressable_devices_indices_map((rows,))
     slices = [index[0] for index in indices.values() if index is not None]
-    return np.unique(np.concatenate([np.arange(rows)[part] for part in slices]))
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in slices])).tolist()
 
 
-def batch(part: Mapping[str, Any], mesh: Mesh, rows: int, held: np.ndarray) -> dict[str, jax.Array]:
+def batch(
+    part: Mapping[str, Any], mesh: Mesh, rows: int, held: Sequence[int]
+) -> dict[str, jax.Array]:
     """A global batch of `rows` rows from this process's part of it.
 
     Args:
@@ -65,8 +79,7 @@ def batch(part: Mapping[str, Any], mesh: Mesh, rows: int, held: np.ndarray) -> d
 def whole_batch(value: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """A global batch that every process has whole; rows that do not divide are not spread."""
     rows = len(next(iter(value.values())))
-    pieces = mesh.shape["data"] * mesh.shape["expert"]
-    where = replicated(mesh) if rows % pieces else sharding.batch_sharding(mesh)
+    where = replicated(mesh) if rows % pieces(mesh) else sharding.batch_sharding(mesh)
     return {name: put(leaf, where) for name, leaf in value.items()}
 
 
@@ -108,7 +121,7 @@ def checksums(leaves: Mapping[str, Any]) -> dict[str, str]:
     Every value is mixed with its position and the results are added, so each device sums its own
     part and no order matters: it finds accidents. Against intent, files have SHA-256.
     """
-    sums = jax.device_get(_checksums(dict(leaves)))
+    sums = jax.device_get(_checksums(dict(leaves))) if leaves else {}
     return {name: f"{int(high):08x}{int(low):08x}" for name, (high, low) in sums.items()}
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints of a training run: asynchronous, atomic, and every byte checked on restore."""
+"""The checkpoints of a training run: asynchronous, atomic, and every byte checked on restore.
+
+Several processes of one run save one checkpoint together: each writes what its devices hold, the
+first hashes the files, names, deletes and chooses what to restore. All see one directory.
+"""
 
 import concurrent.futures
 import contextlib
@@ -13,10 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flexolmo_jax import distributed, placed
 from flexolmo_jax import tree as trees
 from flexolmo_jax.checkpoint import (
     MARKER,
@@ -97,16 +101,17 @@ class RunCheckpoints:
         """
         with _write_errors(self.directory):
             self.wait()
-            if step in self.steps():
+            if distributed.from_first(lambda: self._claim(step), "saving"):
                 return False
-            self._set_aside(step)
             # An own copy of what the caller could change while it is being written.
             leaves = {
                 name: leaf.copy() if isinstance(leaf, np.ndarray) else to_host(leaf)
                 for name, leaf in named_leaves(state)[0].items()
             }
+            # A collective, so not in the thread that hashes: its turn would differ among hosts.
+            spread = placed.checksums(_spread(leaves))
             manager, pool = self._open()
-            self._pending = (step, pool.submit(_describe, leaves))
+            self._pending = (step, pool.submit(_describe, leaves, spread))
             manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -117,26 +122,33 @@ class RunCheckpoints:
             )
         return True
 
+    def _claim(self, step: int) -> bool:
+        """Whether a step is saved already; if not, its place is made free."""
+        if step in self.steps():
+            return True
+        self._set_aside(step)
+        return False
+
     def wait(self) -> None:
         """Ends the save in progress, deletes what need not be kept; raises as `save`."""
         if self._manager is None:
             return
-        with _write_errors(self.directory):
+        with _write_errors(self.directory), distributed.together("saving"):
             try:
                 self._manager.wait_until_finished()
             finally:
                 # A save that failed is reported once and must not be taken for a later one.
                 pending, self._pending = self._pending, None
-            if pending is None:
-                return
-            step = pending[0]
-            if not (self.directory / str(step) / DIGESTS).is_file():
-                raise OSError(f"step {step} did not reach the disk")
-            if jax.process_index() == 0:
-                self._seal(step)
-                for old in self.steps()[: -self._keep]:
-                    if not (self._period and old % self._period == 0):
-                        self._delete(old)
+            if pending is not None and distributed.first():
+                self._complete(pending[0])
+
+    def _complete(self, step: int) -> None:
+        if not (self.directory / str(step) / DIGESTS).is_file():
+            raise OSError(f"step {step} did not reach the disk")
+        self._seal(step)
+        for old in self.steps()[: -self._keep]:
+            if not (self._period and old % self._period == 0):
+                self._delete(old)
 
     def close(self) -> None:
         """Waits, then frees the threads; raises what an unfinished save raised."""
@@ -161,25 +173,35 @@ class RunCheckpoints:
         Raises:
           CheckpointError: names each damaged file, or each leaf that does not fit.
         """
-        problems = self.check(step)
+        folder = self.directory / str(step)
+        recorded = distributed.from_first(lambda: self._trusted(step), "checking a checkpoint")
+        state = restore_tree(folder / "state", abstract_state)
+        leaves = named_leaves(state)[0]
+        # What one process saved as a whole and no process holds now has its files' digests alone.
+        sums = placed.checksums({n: leaves[n] for n in leaves if recorded[n].get("checksum")})
+        wrong = [name for name, value in sums.items() if recorded[name]["checksum"] != value]
+        for name, leaf in leaves.items():
+            want, host = recorded[name]["digest"], to_host(leaf)
+            if want and isinstance(host, np.ndarray) and trees.leaf_digest(host) != want:
+                wrong.append(name)
+        with distributed.together("restoring"):
+            if wrong:
+                where = f"{folder}:{', '.join(wrong)}"
+                raise CheckpointError("A restored leaf differs from what was saved", where=where)
+            meta = json.loads((folder / "meta" / "metadata").read_text())
+        return state, meta
+
+    def _trusted(self, step: int) -> dict[str, dict[str, Any]]:
+        """What was said of each leaf of a step, once every byte of its files has been checked."""
+        folder, problems = self.directory / str(step), self.check(step)
         if problems:
             raise CheckpointError(
                 f"The checkpoint of step {step} is damaged",
                 got="; ".join(map(str, problems)),
-                where=self.directory / str(step),
+                where=folder,
                 fix="resume from another step; this one cannot be trusted",
             )
-        folder = self.directory / str(step)
-        recorded = _read_digests(folder)["leaves"]
-        state = restore_tree(folder / "state", abstract_state)
-        for name, leaf in named_leaves(state)[0].items():
-            host = to_host(leaf)
-            want = recorded[name]["digest"]
-            if want and isinstance(host, np.ndarray) and trees.leaf_digest(host) != want:
-                raise CheckpointError(
-                    "A restored leaf differs from what was saved", where=f"{folder}:{name}"
-                )
-        return state, json.loads((folder / "meta" / "metadata").read_text())
+        return _read_digests(folder)["leaves"]
 
     def restore_latest(self, abstract_state: Any) -> Restored | None:
         """The newest undamaged step, or None if nothing was ever saved.
@@ -190,14 +212,21 @@ class RunCheckpoints:
           CheckpointError: every checkpoint is damaged.
         """
         self.wait()
+        step, found = distributed.from_first(self._choose, "choosing a checkpoint")
+        if step is None:
+            return None
+        state, meta = self.restore(step, abstract_state)
+        return Restored(step, state, meta, tuple(Problem(*fields) for fields in found))
+
+    def _choose(self) -> tuple[int | None, list[tuple[str, ...]]]:
+        """The newest undamaged step, and what is wrong with newer ones, which are set aside."""
         skipped: list[Problem] = []
         for step in reversed(self.steps()):
             problems = self.check(step)
             if not problems:
                 for newer in [s for s in self.steps() if s > step]:
                     self._set_aside(newer)
-                state, meta = self.restore(step, abstract_state)
-                return Restored(step, state, meta, tuple(skipped))
+                return step, [dataclasses.astuple(p) for p in skipped]
             skipped += problems
         if skipped:
             raise CheckpointError(
@@ -206,7 +235,7 @@ class RunCheckpoints:
                 where=self.directory,
                 fix="start again in another directory; the damaged folders are left as they are",
             )
-        return None
+        return None, []
 
     def check(self, step: int) -> list[Problem]:
         """What is wrong with the files of one step, named relative to the run's folder."""
@@ -223,9 +252,7 @@ class RunCheckpoints:
         if self._manager is None or self._pool is None:
             logging.getLogger("absl").addFilter(wanted_record)
             self._pool = concurrent.futures.ThreadPoolExecutor(1)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for doomed in self.directory.glob("deleted-*"):
-                shutil.rmtree(doomed, ignore_errors=True)
+            distributed.from_first(self._prepare, "opening the checkpoints")
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=None,  # `wait` deletes, and only after a newer step is complete
                 cleanup_tmp_directories=True,
@@ -241,6 +268,11 @@ class RunCheckpoints:
                 },
             )
         return self._manager, self._pool
+
+    def _prepare(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for doomed in self.directory.glob("deleted-*"):
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def _write_digests(self) -> None:
         """Runs in Orbax's thread on the first host: all is written, the rename comes next."""
@@ -270,7 +302,7 @@ class RunCheckpoints:
     def _set_aside(self, step: int) -> None:
         """Moves a damaged or incomplete step out of the way, as evidence."""
         folder = self.directory / str(step)
-        if jax.process_index() != 0 or not folder.exists():
+        if not folder.exists():
             return
         target = self.directory / f"damaged-{step}"
         while target.exists():
@@ -293,13 +325,19 @@ def _write_errors(where: Path) -> Iterator[None]:
         ) from e
 
 
-def _describe(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each leaf in words; no digest where this host holds only a part of it."""
+def _spread(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves that no process holds whole."""
+    return {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, np.ndarray)}
+
+
+def _describe(leaves: Mapping[str, Any], checksums: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Each leaf in words: with a digest where this process holds it whole, else a checksum."""
     return {
         name: {
             "shape": list(leaf.shape),
             "dtype": np.dtype(leaf.dtype).name,
-            "digest": trees.leaf_digest(leaf) if isinstance(leaf, np.ndarray) else None,
+            "digest": None if name in checksums else trees.leaf_digest(leaf),
+            **({"checksum": checksums[name]} if name in checksums else {}),
         }
         for name, leaf in leaves.items()
     }

@@ -362,7 +362,7 @@ def test_a_failed_save_is_raised_once_and_the_next_save_works(
 def test_what_the_caller_does_after_save_changes_nothing(tmp_path, monkeypatch):
     """Buffers that are donated or written over while the save is still under way."""
     describe = run_checkpoints._describe
-    monkeypatch.setattr(run_checkpoints, "_describe", lambda x: (time.sleep(0.2), describe(x))[1])
+    monkeypatch.setattr(run_checkpoints, "_describe", lambda *x: (time.sleep(0.2), describe(*x))[1])
     mine = np.zeros((512, 512), np.float32)
     device = jnp.full((512, 512), 3.0)
     advance = jax.jit(lambda x: x + 1, donate_argnums=0)

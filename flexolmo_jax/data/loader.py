@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches: an endless seeded mixture to train on, and a fixed pass over text to test on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import SupportsIndex
 
 import grain
 import numpy as np
@@ -21,22 +22,25 @@ def train_loader(
     tokenizer_digest: str,
     vocab_size: int,
     seed: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    held: Sequence[int] | None = None,
     verify: bool = True,
 ) -> grain.IterDataset[Row]:
-    """Endless batches of this host's rows, [batch_rows / host_count, T] each.
+    """Endless batches of rows, [len(held), T] each.
 
-    Every source is reshuffled each epoch; sources are mixed by weight. The global batch of a step,
-    its rows in the order of the hosts, is the same for any number of hosts. The iterator's
-    `get_state` is a small JSON value that `set_state` takes up exactly, in any process with the
-    same arguments.
+    Every source is reshuffled each epoch; sources are mixed by weight. Each row has its place in
+    the global batch of its step whoever reads it, so the order of the data does not depend on the
+    number of hosts. The iterator's `get_state` is a small JSON value that `set_state` takes up
+    exactly, in any process with the same arguments, whatever rows that one holds.
+
+    Args:
+      held: which rows of each global batch this host reads, ascending; None is all.
 
     Raises:
-      ConfigError: no sources, a weight that is not positive, or rows that do not divide over hosts.
+      ConfigError: no sources, a weight that is not positive, or rows that no batch has.
       DataError: a source that must not be trained on (see `open_shards`).
     """
-    _check(data, host_index, host_count)
+    held = list(range(data.batch_rows) if held is None else map(int, held))
+    _check(data, held)
     datasets = []
     for number, source in enumerate(data.sources):
         shards = open_shards(
@@ -51,14 +55,32 @@ def train_loader(
         epochs = -(-_ENDLESS_ROWS // len(rows))
         datasets.append(grain.MapDataset.source(rows).seed(source_seed).shuffle().repeat(epochs))
     mixed = grain.MapDataset.mix(datasets, weights=[s.weight for s in data.sources])
-    batches = mixed.batch(data.batch_rows // host_count)
-    # Batch h, h + H, h + 2H, … are the rows of host h: the hosts' batches in order are the whole.
-    return batches[host_index::host_count].to_iter_dataset(
+    mine = grain.MapDataset.source(_HeldRows(mixed, data.batch_rows, held))
+    return mine.batch(len(held)).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     )
 
 
-def _check(data: DataConfig, host_index: int, host_count: int) -> None:
+class _HeldRows:
+    """The rows of an endless stream that one host holds, step after step."""
+
+    def __init__(self, stream: grain.MapDataset[Row], batch_rows: int, held: list[int]):
+        self._stream, self._batch_rows, self._held = stream, batch_rows, held
+
+    def __len__(self) -> int:
+        return len(self._stream) // self._batch_rows * len(self._held)
+
+    def __repr__(self) -> str:
+        return f"_HeldRows({len(self._held)} of {self._batch_rows})"
+
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        step, number = divmod(index.__index__(), len(self._held))
+        row = self._stream[step * self._batch_rows + self._held[number]]
+        assert row is not None  # nothing is filtered out of this stream
+        return row
+
+
+def _check(data: DataConfig, held: list[int]) -> None:
     if not data.sources:
         raise ConfigError("There is nothing to train on", where="DataConfig.sources")
     for number, source in enumerate(data.sources):
@@ -68,13 +90,12 @@ def _check(data: DataConfig, host_index: int, host_count: int) -> None:
                 got=source.weight,
                 where=f"DataConfig.sources[{number}].weight",
             )
-    if not 0 <= host_index < host_count:
-        raise ConfigError("No such host", got=host_index, expected=f"0..{host_count - 1}")
-    if data.batch_rows % host_count:
+    if not held or held != sorted({i for i in held if 0 <= i < data.batch_rows}):
         raise ConfigError(
-            "batch_rows must be a multiple of the number of hosts",
-            got=f"batch_rows={data.batch_rows}, hosts={host_count}",
-            where="DataConfig.batch_rows",
+            "These are not rows of a batch",
+            got=held,
+            expected=f"some of 0..{data.batch_rows - 1}, each once and ascending",
+            where="held",
         )
 
 

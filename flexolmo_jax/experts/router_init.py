@@ -5,6 +5,9 @@ Source: paper section 3.3.1 (embeddings, the same vector in every layer). Hidden
 anchor, made for both sides and per layer, are ours; the paper's Table 3 tries them for the public
 side. Nothing here sees another owner's text: a row depends on the owner's text, on public text and
 on the anchor alone.
+
+Weights may be NumPy arrays or lie on a mesh, also one of several hosts; rows are then the same bits
+on all of them.
 """
 
 import functools
@@ -14,8 +17,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from flexolmo_jax import model, router, tree
+from flexolmo_jax import distributed, model, placed, router, tree
 from flexolmo_jax.config import ModelConfig, RouterInitConfig, RunConfig, SourceConfig
 from flexolmo_jax.data import loader, shards, tokenize
 from flexolmo_jax.errors import ConfigError
@@ -31,6 +35,7 @@ MAX_MEAN_LOGIT = 6.0
 RECALIBRATION, MARGIN = 0.25, 1.0
 # Every so many positions are kept: neighbours of a running mean say the same.
 STRIDE = 12
+KEPT = slice(STRIDE // 2, None, STRIDE)
 _ROWS = 8
 
 
@@ -42,7 +47,8 @@ def public_row(config: RunConfig, c: ModelConfig) -> np.ndarray:
     """
     init = config.router_init
     if init.method in ("embedding", "random"):
-        return _row(config, c, _public(config.data.sources), seed=config.seed)
+        row_LD = _row(config, c, _public(config.data.sources), seed=config.seed)
+        return distributed.array_from_first(row_LD)
     return np.zeros((c.n_layers, c.d_model), np.float32)
 
 
@@ -55,6 +61,10 @@ def expert_row(config: RunConfig, c: ModelConfig, anchor: tree.Tree) -> np.ndarr
     Raises:
       ConfigError: a method that compares with public text, without a public source.
     """
+    return distributed.array_from_first(_expert_row(config, c, anchor))
+
+
+def _expert_row(config: RunConfig, c: ModelConfig, anchor: tree.Tree) -> np.ndarray:
     init = config.router_init
     own = [s for s in config.data.sources if not s.public]
     if init.method not in ("hidden_mean", "discriminant"):
@@ -86,14 +96,15 @@ def recalibrate(
       shared, public, expert: the frozen anchor, and the trained group of one slot.
     """
     rows_LD = _discriminants(*_both_sides(config, c, shared, (public, expert)))
-    router_LED = np.asarray(expert["router"]) + RECALIBRATION * rows_LD[:, None]
+    trained = placed.fetch({name: expert[name] for name in ("router", "bias")})
+    router_LED = trained["router"] + RECALIBRATION * rows_LD[:, None]
     # Effective biases are -softplus of the raw ones: this is its inverse at the lowered value.
-    lowered_LE = np.logaddexp(0.0, np.asarray(expert["bias"], np.float64)) + MARGIN
+    lowered_LE = np.logaddexp(0.0, trained["bias"].astype(np.float64)) + MARGIN
     bias_LE = lowered_LE + np.log(-np.expm1(-lowered_LE))
     return {
         **expert,
-        "router": router_LED.astype(np.float32),
-        "bias": bias_LE.astype(np.float32),
+        "router": distributed.array_from_first(router_LED.astype(np.float32)),
+        "bias": distributed.array_from_first(bias_LE.astype(np.float32)),
     }
 
 
@@ -164,34 +175,41 @@ def _inputs(
     n_rows: int,
 ) -> np.ndarray:
     """Router inputs of a model on a source as the router judges them, [L, N, D] float32."""
+    grid = placed.mesh_of(shared)
+    pieces = placed.pieces(grid) if grid else 1
+    rows = -(-_ROWS // pieces) * pieces
     batches = loader.heldout_batches(
-        source.path, _ROWS, seq_len=seq_len, n_rows=n_rows, vocab_size=c.vocab_size
+        source.path, rows, seq_len=seq_len, n_rows=n_rows, vocab_size=c.vocab_size
     )
     kept = []
     for batch in batches:
-        inputs = np.asarray(_judged(c, shared, groups, batch["tokens"], batch["segments"]))
-        chosen = batch["segments"] > 0
-        chosen[:, np.arange(chosen.shape[1]) % STRIDE != STRIDE // 2] = False
-        kept.append(inputs[:, chosen])
+        arrays = {"tokens": batch["tokens"], "segments": batch["segments"]}
+        if grid:
+            arrays = placed.whole_batch(arrays, grid)
+        inputs = placed.fetch(_judged(c, grid, shared, groups, **arrays))
+        kept.append(inputs[:, batch["segments"][:, KEPT] > 0])
     return np.concatenate(kept, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _judged(c: ModelConfig, shared, groups, tokens_BT, segments_BT) -> jax.Array:
-    """Router inputs [L, B, T, D] of one batch, averaged over the document where the router does."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _judged(c: ModelConfig, grid: Mesh | None, shared, groups, tokens, segments) -> jax.Array:
+    """Router inputs [L, B, T / STRIDE, D], averaged over the document where the router does."""
     residual_LBTD = model.forward(
         c,
-        model.Runtime(dispatch="dense"),
+        model.Runtime(dispatch="dense", mesh=grid),
         shared,
         groups,
-        tokens_BT,
-        segments_BT=segments_BT,
+        tokens,
+        segments_BT=segments,
         keep_residual=True,
     ).residual_LBTD
     assert residual_LBTD is not None  # keep_residual asks for it
     if c.router.context == "document":
-        return jnp.stack([router.document_mean(x, segments_BT)[0] for x in residual_LBTD])
-    return residual_LBTD
+        residual_LBTD = jnp.stack([router.document_mean(x, segments)[0] for x in residual_LBTD])
+    kept_LBTD = residual_LBTD[:, :, KEPT]
+    if grid is None:
+        return kept_LBTD
+    return jax.lax.with_sharding_constraint(kept_LBTD, placed.replicated(grid))
 
 
 def _public(sources: Sequence[SourceConfig]) -> list[SourceConfig]:
