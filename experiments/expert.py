@@ -21,6 +21,8 @@ heldout), public (the same for public text, several joined by +), public_share (
 negative takes the recipe's).
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import common
@@ -66,3 +68,11 @@ def get_config(arg: str = "") -> ConfigDict:
         *(common.source(f"{p}/heldout", public=True) for p in public),
     )
     return config
+
+
+def get_model(arg: str = "") -> dict[str, Any]:
+    """Fields of the anchor's `ModelConfig`, so that a job can be planned before there is one."""
+    size = ConfigDict(dict(item.split("=", 1) for item in arg.split(",") if "=" in item)).get(
+        "size", "tiny"
+    )
+    return {**common.pick(common.sizes(), size), "router": common.router(size)}
