@@ -2,14 +2,19 @@
 """Turn a finished run into what is shipped: an anchor, or an expert slice with its manifest."""
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from flexolmo_jax.storage import output, urls
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `flexolmo package`."""
-    parser.add_argument("--run", required=True, type=Path, metavar="W", help="a finished workdir")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new directory")
+    parser.add_argument(
+        "--run", required=True, type=urls.location, metavar="W", help="a finished workdir"
+    )
+    parser.add_argument(
+        "--out", required=True, type=urls.location, metavar="DIR", help="a new directory"
+    )
     parser.add_argument(
         "--data-card",
         metavar="TEXT-or-file",
@@ -21,7 +26,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Packages and returns the digests of what was written."""
     from flexolmo_jax.experts import package
 
-    result = package.package(args.run, args.out, args.data_card)
+    with output.directory(args.out, "flexolmo.json") as out:
+        result = package.package(args.run, out, args.data_card)
+    result["path"] = str(args.out)
     what = f"expert {result['expert']}" if result["kind"] == "slice" else "anchor"
     print(f"{what} -> {args.out}\nanchor {result['anchor_digest']}")
     if result["kind"] == "slice":

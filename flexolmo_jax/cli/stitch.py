@@ -6,24 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import ConfigError
+from flexolmo_jax.storage import output, urls
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `flexolmo stitch`."""
-    parser.add_argument("--anchor", required=True, type=Path, metavar="A", help="an anchor")
+    parser.add_argument(
+        "--anchor", required=True, type=urls.location, metavar="A", help="an anchor"
+    )
     parser.add_argument(
         "--expert",
         dest="experts",
         action="append",
-        type=Path,
+        type=urls.location,
         default=[],
         metavar="E",
         help="an expert slice (once per expert)",
     )
-    parser.add_argument("--out", type=Path, metavar="M", help="a new directory")
+    parser.add_argument("--out", type=urls.location, metavar="M", help="a new directory")
     parser.add_argument("--slots", type=int, metavar="N", help="capacity, public expert included")
     parser.add_argument(
-        "--like", type=Path, metavar="M0", help="take capacity and positions from this model"
+        "--like",
+        type=urls.location,
+        metavar="M0",
+        help="take capacity and positions from this model",
     )
     parser.add_argument(
         "--active", type=int, metavar="K", help="experts per token (default: 2, or as --like)"
@@ -37,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.out is None and not args.dry_run:
         raise ConfigError("--out is missing", fix="name a new directory, or add --dry-run")
-    if args.out is not None and args.out.exists() and not args.dry_run:
+    if isinstance(args.out, Path) and args.out.exists() and not args.dry_run:
         raise ConfigError("The output exists already", where=args.out, fix="name a new directory")
     plan = stitch.plan(
         args.anchor, args.experts, slots=args.slots, like=args.like, active=args.active
@@ -45,7 +51,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(plan.table())
     if args.dry_run:
         return {"slots": plan.slots, "model_digest": plan.model_digest, "bytes_copied": 0}
-    result = stitch.execute(plan, args.out)
+    with output.directory(str(args.out), "flexolmo.json") as out:
+        result = stitch.execute(plan, out)
     print(f"{result['bytes_copied'] / 2**20:.1f} MiB copied and verified -> {args.out}")
     names = ("anchor_digest", "model_digest")
     return {**result, "digests": {n: result[n] for n in names}}

@@ -2,21 +2,27 @@
 """Take one expert out of a model: the slice directory exactly as its owner shipped it."""
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from flexolmo_jax.storage import output, urls
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `flexolmo unstitch`."""
-    parser.add_argument("--model", required=True, type=Path, metavar="M", help="a stitched model")
+    parser.add_argument(
+        "--model", required=True, type=urls.location, metavar="M", help="a stitched model"
+    )
     parser.add_argument("--expert", required=True, metavar="ID", help="id of the expert")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new directory")
+    parser.add_argument(
+        "--out", required=True, type=urls.location, metavar="DIR", help="a new directory"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Copies the slice out and returns its digest."""
     from flexolmo_jax.experts import stitch
 
-    result = stitch.unstitch(args.model, args.expert, args.out)
+    with output.directory(args.out, "flexolmo.json") as out:
+        result = stitch.unstitch(args.model, args.expert, out)
     print(f"expert {args.expert} -> {args.out}\nslice  {result['manifest_digest']}")
     return {**result, "digests": {"manifest_digest": result["manifest_digest"]}}

@@ -8,11 +8,14 @@ from typing import Any
 
 from flexolmo_jax.cli import main as frame
 from flexolmo_jax.errors import RefusedError
+from flexolmo_jax.storage import client, urls
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `flexolmo verify`."""
-    parser.add_argument("path", type=Path, metavar="PATH", help="an anchor, a slice or a model")
+    parser.add_argument(
+        "path", type=urls.location, metavar="PATH", help="an anchor, a slice or a model"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -35,7 +38,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         # An error leaves no result file by itself, and a finding is the result here.
         seconds = time.perf_counter() - started
         frame.write_json(args.json, frame.result_file("verify", args, result, seconds))
-    if not (args.path / "flexolmo.json").exists():
+    name = "flexolmo.json"
+    if isinstance(args.path, Path):
+        there = (args.path / name).exists()
+    else:
+        there = client.read(f"{args.path}/{name}") is not None
+    if not there:
         what = f"{args.path} is no anchor, slice or model: it has no flexolmo.json"
         fix = "name such a directory; a training run becomes one with flexolmo package"
     else:

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from flexolmo_jax.data import verify_shards
+from flexolmo_jax.data import remote_shards, verify_shards
+from flexolmo_jax.data.remote_shards import RemoteShards
 from flexolmo_jax.data.verify_shards import LENGTHS, SCHEMA, SIDECAR
 from flexolmo_jax.errors import ConfigError, DataError, MachineError
+from flexolmo_jax.storage import urls
 from flexolmo_jax.tree import canonical_json, file_digest, json_digest
 
 _SHARD_TOKENS = 16 * 1024 * 1024
@@ -74,7 +76,15 @@ class StreamReader:
     Can be pickled by a process pool: files are opened again where they are used.
     """
 
-    def __init__(self, path: Path, counts: Mapping[str, int], width: int, n_tokens: int):
+    def __init__(
+        self,
+        path: Path,
+        counts: Mapping[str, int],
+        width: int,
+        n_tokens: int,
+        source: RemoteShards | None = None,
+    ):
+        self._source = source
         self._files = [str(path / name) for name in counts]
         self._first = np.concatenate([[0], np.cumsum(list(counts.values()))]).astype(np.int64)
         self._dtype = np.dtype(f"<u{width}")
@@ -89,7 +99,7 @@ class StreamReader:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        keep = ("_files", "_first", "_dtype", "_whole")
+        keep = ("_files", "_first", "_dtype", "_whole", "_source")
         return {name: self.__dict__[name] for name in keep}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -114,7 +124,12 @@ class StreamReader:
             first += 1
         return np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
 
+    def _fetch(self, *files: str) -> None:
+        if self._source is not None:
+            self._source.ensure([os.path.basename(file) for file in files])
+
     def _load_all(self) -> np.ndarray:
+        self._fetch(*self._files)
         records: list[bytes] = []
         for name in self._files:
             reader = array_record_module.ArrayRecordReader(name)
@@ -129,6 +144,7 @@ class StreamReader:
                 return self._cache[index]
             shard = int(np.searchsorted(self._first, index, side="right")) - 1
             if shard not in self._open:
+                self._fetch(self._files[shard])
                 self._open[shard] = array_record_module.ArrayRecordReader(
                     self._files[shard], options="readahead_buffer_size:0,max_parallelism:0"
                 )
@@ -151,7 +167,8 @@ def open_shards(
     """Opens a token-shard directory after checking it.
 
     Args:
-      path: directory written by `write_shards`.
+      path: directory written by `write_shards`, or the URL of one; of a URL, a file is fetched
+        and checked when it is first read from.
       tokenizer_digest: the tokenizer that the ids must come from.
       vocab_size: rows of the embedding that will look the ids up.
       verify: also read every byte (digests, every record, every id); without it the sidecar,
@@ -160,16 +177,19 @@ def open_shards(
     Raises:
       DataError: the first fault found, with file and record.
     """
-    path = Path(path)
+    url = urls.as_url(path)
+    source = None if url is None else remote_shards.open_remote(url, verify)
+    path = Path(path) if source is None else source.folder
     info = verify_shards.read_sidecar(path)
     verify_shards.check_identity(path, info, tokenizer_digest, vocab_size)
     lengths = verify_shards.read_lengths(path, info)
-    verify_shards.check_files(path, info)
-    if verify:
+    if source is None:
+        verify_shards.check_files(path, info)
+    if source is None and verify:
         verify_shards.check_contents(path, info, lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     counts = {name: item["documents"] for name, item in info["files"].items()}
-    reader = StreamReader(path, counts, info["width"], int(starts[-1]))
+    reader = StreamReader(path, counts, info["width"], int(starts[-1]), source)
     return ShardSet(path, info, lengths, starts, reader)
 
 

@@ -11,6 +11,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from flexolmo_jax import assets
 from flexolmo_jax.errors import ConfigError, DataError
+from flexolmo_jax.storage import cache, urls
 from flexolmo_jax.tree import file_digest
 
 EOS = "<|endoftext|>"
@@ -80,7 +81,12 @@ def locate(tokenizer: Path | str) -> Path:
     """
     if str(tokenizer) == "dolma2":
         return assets.asset_path("dolma2")
-    path = Path(tokenizer)
+    url = urls.as_url(tokenizer)
+    if url is not None:
+        url = url if url.endswith(".json") else f"{url}/tokenizer.json"
+        path = cache.single(url) or Path(url)
+    else:
+        path = Path(tokenizer)
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
@@ -101,10 +107,15 @@ def load(tokenizer: Path | str) -> tokenizers.Tokenizer:
       DataError: no such file, not a tokenizer, not byte-level, or no token ends a document.
     """
     path = locate(tokenizer)
+    return parse(path.read_bytes(), path)
+
+
+def parse(content: bytes, where: Path | str) -> tokenizers.Tokenizer:
+    """The tokenizer of a file's content, as `load` returns it."""
     try:
-        loaded = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        loaded = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as e:  # The library raises no narrower class for a file it cannot parse.
-        raise DataError("Not a tokenizer file", got=str(e), where=path) from e
+        raise DataError("Not a tokenizer file", got=str(e), where=where) from e
     loaded.encode_special_tokens = True
     loaded.no_padding()
     loaded.no_truncation()

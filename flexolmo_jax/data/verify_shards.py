@@ -201,7 +201,7 @@ def check_contents(path: Path, info: Mapping[str, Any], lengths: np.ndarray) -> 
     low, high, first = 1 << 62, -1, 0
     for name, item in info["files"].items():
         last = first + item["documents"]
-        ids = _check_records(path / name, info, item, lengths[first:last])
+        ids = check_records(path / name, info, item, lengths[first:last])
         low, high, first = min(low, int(ids.min())), max(high, int(ids.max())), last
         digest = file_digest(path / name)
         if digest != item["digest"]:
@@ -222,10 +222,14 @@ def check_contents(path: Path, info: Mapping[str, Any], lengths: np.ndarray) -> 
         )
 
 
-def _check_records(
+def check_records(
     file: Path, info: Mapping[str, Any], item: Mapping[str, Any], lengths: np.ndarray
 ) -> np.ndarray:
-    """All ids of one file, each record checked on its own."""
+    """All ids of one file, each record checked on its own.
+
+    Raises:
+      DataError: the first record that is not what the lengths and the vocabulary allow.
+    """
     records = _read_records(file)
     if len(records) != item["documents"]:
         raise DataError(

@@ -16,14 +16,14 @@ from typing import Any
 
 import jax
 
-from flexolmo_jax import checkpoint
+from flexolmo_jax import checkpoint, distributed
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import CheckpointError, ConfigError, nearest
 from flexolmo_jax.experts import manifest as manifests
-from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import model_dir, remote
 from flexolmo_jax.experts import slice as slices
-from flexolmo_jax.files import atomic_directory, check_files, hash_files, list_files, write_text
+from flexolmo_jax.files import check_files, hash_files, list_files, write_text
 
 FINAL, NAME, PARAMS, TOKENIZER = "final", "final.json", "params", "tokenizer.json"
 STAGES = ("anchor", "expert", "router", "joint")
@@ -64,8 +64,10 @@ def write_final(
     expert_id: str = "",
     anchor_digest: str | None = None,
     recipe: Mapping[str, Any] | None = None,
-) -> Final:
+) -> None:
     """Writes W/final, replacing an older one only once the new one is complete.
+
+    On several hosts each process writes the parts of `params` that its devices hold.
 
     Args:
       stage: "anchor" or "joint", with params {"shared", "experts"} of every slot; "expert", with
@@ -91,29 +93,37 @@ def write_final(
         raise CheckpointError(
             f"These are not the weights of stage {stage!r}", got="; ".join(map(str, problems))
         )
-    target = Path(workdir) / FINAL
-    fresh = target.with_name(FINAL + ".next")
-    shutil.rmtree(fresh, ignore_errors=True)
-    with atomic_directory(fresh) as work:
-        checkpoint.save_tree(work / PARAMS, params)
-        shutil.copyfile(tokenizer_path, work / TOKENIZER)
-        files = hash_files(work, list_files(work)[0])
-        content = {
-            "kind": "final",
-            "schema": manifests.SCHEMA,
-            "stage": stage,
-            "expert_id": expert_id,
-            "model": config.to_json(),
-            "anchor_digest": anchor_digest,
-            "tokenizer_digest": files[TOKENIZER],
-            "training": dict(training),
-            "recipe": {"router": dataclasses.asdict(config.router), **dict(recipe or {})},
-            "files": files,
-        }
-        write_text(work / NAME, manifests.render(manifests.seal(content)))
+    fresh = Path(workdir) / f"{FINAL}.next"
+    with distributed.together("writing the final weights"):
+        if distributed.first():
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+    checkpoint.save_tree(fresh / PARAMS, params)
+    content = {
+        "kind": "final",
+        "schema": manifests.SCHEMA,
+        "stage": stage,
+        "expert_id": expert_id,
+        "model": config.to_json(),
+        "anchor_digest": anchor_digest,
+        "training": dict(training),
+        "recipe": {"router": dataclasses.asdict(config.router), **dict(recipe or {})},
+    }
+    with distributed.together("writing the final weights"):
+        if distributed.first():
+            _finish(fresh, tokenizer_path, content)
+
+
+def _finish(fresh: Path, tokenizer_path: str | Path, content: dict[str, Any]) -> None:
+    """Lists and seals the final weights in `fresh`, then puts them in their place."""
+    shutil.copyfile(tokenizer_path, fresh / TOKENIZER)
+    files = hash_files(fresh, list_files(fresh)[0])
+    content = {**content, "tokenizer_digest": files[TOKENIZER], "files": files}
+    write_text(fresh / NAME, manifests.render(manifests.seal(content)))
+    target = fresh.with_name(FINAL)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(fresh, target)
-    return read_final(workdir)
+    read_final(target.parent)
 
 
 def expected(stage: str, config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -140,7 +150,7 @@ def read_final(workdir: str | Path) -> Final:
     Raises:
       CheckpointError: not there (the run has not ended), or changed since it was written.
     """
-    folder = Path(workdir) / FINAL
+    folder = remote.final_dir(workdir, FINAL, NAME)
     if not (folder / NAME).is_file():
         raise CheckpointError(
             "The run has no final weights",

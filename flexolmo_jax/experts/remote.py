@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -182,3 +183,52 @@ def _check_share(there: Mapping[str, cache.Wanted], share: _Share) -> list[Probl
             message = "another process found it changed; its message says which file"
             problems.append(Problem("file-digest", mine[0].url if mine else "", "", message))
     return problems
+
+
+def final_dir(run: str | Path, folder: str, name: str) -> Path:
+    """The final weights of a run on this machine; of a URL, a copy checked against their list.
+
+    Args:
+      folder, name: where below the run they lie, and the file there that lists them.
+
+    Raises:
+      RefusedError: files that are missing or not what the list says.
+    """
+    url = urls.as_url(run)
+    if url is None:
+        return Path(run) / folder
+    url = f"{url}/{folder}"
+    data = client.read(f"{url}/{name}", manifests.MAX_BYTES)
+    if data is None:
+        return Path(url)  # Which exists nowhere: the caller says so.
+    files = _listed_files(data)
+    listing = client.list_objects(url)
+    problems = [
+        Problem("file-missing", f"{url}/{n}", "", "listed, but not there")
+        for n in sorted(set(files) - set(listing))
+    ]
+    wanted = {
+        n: cache.Wanted(f"{url}/{n}", digest, listing[n].size, listing[n].etag)
+        for n, digest in files.items()
+        if n in listing
+    }
+    blobs, found = cache.fetch(url, {} if problems else wanted)
+    if problems + found:
+        raise RefusedError(f"{url} is not what its list says", problems + found)
+    blobs[name] = cache.keep(data)
+    return cache.lay_out(cache.view_path(url, hashlib.sha256(data).hexdigest()), blobs)
+
+
+def _listed_files(data: bytes) -> dict[str, str]:
+    """Path to digest; nothing where they could not be files of a directory.
+
+    Whether the list is genuine is for its reader to say, who sees the same bytes.
+    """
+    try:
+        files = json.loads(data)["files"]
+        safe = all(
+            manifests.is_safe_path(n) and manifests.DIGEST.fullmatch(files[n]) for n in files
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return dict(files) if safe else {}

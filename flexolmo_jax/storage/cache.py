@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -26,6 +27,8 @@ from flexolmo_jax.storage import client, urls
 logger = logging.getLogger("flexolmo")
 VARIABLE = "FLEXOLMO_CACHE"
 _TICK_S = 10.0
+# Objects without a digest are read whole into memory first.
+MAX_UNLISTED = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +172,31 @@ def keep(data: bytes) -> Path:
         part.chmod(0o444)
         os.replace(part, blob)
     return blob
+
+
+def single(url: str) -> Path | None:
+    """A copy of one object whose digest no one has listed; None where there is no such object."""
+    data = client.read(url, MAX_UNLISTED)
+    if data is None:
+        return None
+    blob = keep(data)
+    return (
+        lay_out(view_path(url, blob.name), {url.rpartition("/")[2]: blob}) / url.rpartition("/")[2]
+    )
+
+
+def mirror(url: str, listing: Mapping[str, client.Entry]) -> Path:
+    """A copy of objects below a URL whose digests no one has listed; new where one has changed."""
+    version = json.dumps({name: [e.size, e.etag] for name, e in sorted(listing.items())})
+    view = view_path(url, hashlib.sha256(version.encode()).hexdigest())
+    if view.is_dir():
+        return view
+    files = {}
+    for name in listing:
+        data = client.read(f"{url}/{name}", MAX_UNLISTED)
+        if data is not None:
+            files[name] = keep(data)
+    return lay_out(view, files)
 
 
 def note(path: Path, text: str) -> None:
