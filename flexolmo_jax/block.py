@@ -32,7 +32,7 @@ def layer(config: ModelConfig, run: Runtime, x_BTD, layer_in, **kwargs):
         x_BTD += norm(a_BTD, weights["attention_norm"]) if post else a_BTD
     with jax.named_scope("mixture"):
         f_BTD = x_BTD if post else norm(x_BTD, weights["ffn_norm"])
-        y_BTD, logits_BTE, combine_BTE, router_sum = _mixture(
+        y_BTD, logits_BTE, combine_BTE, router_sum, drops = _mixture(
             config, run, groups, f_BTD, None if cache is None else cache[2], **kwargs
         )
         residual = f_BTD if kwargs["keep_residual"] else None
@@ -40,7 +40,7 @@ def layer(config: ModelConfig, run: Runtime, x_BTD, layer_in, **kwargs):
     x_BTD = constrain(x_BTD, run.mesh, "batch", "seq", "embed")
     if new_cache is not None:
         new_cache = (*new_cache, router_sum)
-    return x_BTD, (logits_BTE, combine_BTE, residual, new_cache)
+    return x_BTD, (logits_BTE, combine_BTE, residual, drops, new_cache)
 
 
 def _attention(
@@ -125,6 +125,7 @@ def _mixture(
     n_active,
     length_B,
     follows_BTS,
+    training,
     **_,
 ):
     """Router and experts of one layer."""
@@ -149,6 +150,11 @@ def _mixture(
     routing = router.route(
         logits_BTE, n_active, allowed_BE=allowed_BE, renormalize=config.router.renormalize
     )
+    all_active, drops = allowed_BE is None and n_active == bias_E.shape[0], None
+    capacity = run.capacity if training else 0.0
+    if capacity:
+        routing, drops = moe.limit(routing, capacity, moe.n_shards(run.mesh))
+        all_active = False
     weights = [{name: g[name] for name in moe.WEIGHTS} for g in groups]
     weights = jax.tree.map(lambda w: w.astype(x_BTD.dtype), weights)
     y_BTD = moe.mixture(
@@ -156,7 +162,9 @@ def _mixture(
         weights,
         routing,
         dispatch=run.dispatch,
-        all_active=allowed_BE is None and n_active == bias_E.shape[0],
+        all_active=all_active,
+        parallel=run.expert_parallel,
+        capacity=capacity,
         mesh=run.mesh,
     )
-    return y_BTD, logits_BTE, routing.combine_BTE, router_sum_BE
+    return y_BTD, logits_BTE, routing.combine_BTE, router_sum_BE, drops

@@ -204,6 +204,12 @@ class ExecConfig:
       compute_dtype: dtype of activations and matmuls; parameters that train stay float32.
       moe: dispatch of a mixture: "dense" runs every slot on every token (the reference), "blocked"
         and "ragged" sort tokens by slot; "auto" is resolved once at start and logged.
+      expert_parallel: what travels between the devices of an expert axis: matrices ("fsdp"), all
+        tokens of a group ("ring"), or each token to its slots' devices ("all_to_all"); which is
+        cheapest depends on the pod. "auto" is fsdp without an expert axis.
+      capacity: 0 drops nothing. In training, a slot takes at most this many times its mean share
+        of a shard's assignments, which bounds memory where a router is not balanced; what is
+        dropped depends on the batch, so evaluation, generation and serving refuse it.
       attention: "whole" makes all scores of a layer at once, "tiled" a tile at a time and never
         those after the tile (CPU); the same maths, summed in another order.
       remat: what the backward pass recomputes: nothing, all but matmul outputs, or whole blocks.
@@ -216,6 +222,8 @@ class ExecConfig:
 
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     moe: Literal["auto", "dense", "blocked", "ragged"] = "auto"
+    expert_parallel: Literal["auto", "fsdp", "ring", "all_to_all"] = "auto"
+    capacity: float = 0.0
     attention: Literal["auto", "whole", "tiled"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"
     loss_chunk: int = 256
@@ -226,6 +234,10 @@ class ExecConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "loss_chunk", "mesh_expert", "mesh_model")
+        if self.capacity < 0:
+            raise ConfigError(
+                "A capacity is a factor, or 0 for none", got=self.capacity, where="exec.capacity"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +302,14 @@ class RunConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        if self.exec.capacity and self.stage in ("anchor", "expert"):
+            raise ConfigError(
+                "A capacity drops assignments to full slots; in this stage every token uses every "
+                "slot, and none can be full",
+                got=f"exec.capacity={self.exec.capacity:g} in stage {self.stage!r}",
+                where="exec.capacity",
+                fix="leave it at 0",
+            )
         if self.stage in ("expert", "router"):
             self._check_later_stage()
         elif self.model is None or not self.tokenizer:

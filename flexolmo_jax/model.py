@@ -163,6 +163,7 @@ class Output:
       router_logits_LBTE: before selection and softmax, expert bias included, float32.
       combine_LBTE: combine weight of every slot, 0 where it is not active.
       residual_LBTD: input of the mixture per layer, only with `keep_residual`.
+      drops: what full slots refused, with a leading layer axis; None where nothing can be.
       cache: the next decoding state, if one was given.
     """
 
@@ -170,6 +171,7 @@ class Output:
     router_logits_LBTE: jax.Array
     combine_LBTE: jax.Array
     residual_LBTD: jax.Array | None = None
+    drops: moe.Drops | None = None
     cache: Cache | None = None
 
 
@@ -197,6 +199,7 @@ def forward(
     cache: Cache | None = None,
     branch_end_BT: jax.Array | None = None,
     keep_residual: bool = False,
+    training: bool = False,
 ) -> Output:
     """Runs the model over packed rows, or over the next tokens of cached documents.
 
@@ -209,6 +212,7 @@ def forward(
       branch_end_BT: rows hold documents that branch (many endings of one beginning): token t comes
         after token s of its row if s <= t < branch_end_BT[s]; 0 for padding. `cache` then is one
         row that stands before all of them, and is read only.
+      training: `run.capacity` holds; without this nothing is ever dropped.
 
     Source: FlexOlmo paper section 3.2; OLMo 2 block (post-norm, QK-norm over the full width).
     """
@@ -226,20 +230,21 @@ def forward(
         length_B=None if cache is None else cache.length_B,
         follows_BTS=None if branch_end_BT is None else _branch_mask(branch_end_BT),
         keep_residual=keep_residual,
+        training=training,
     )
     embedding_VD = jnp.asarray(shared["embed"]["embedding"], run.compute_dtype)
     x_BTD = embedding_VD.at[tokens_BT].get(mode="clip")
     x_BTD = constrain(x_BTD, run.mesh, "batch", "seq", "embed")
     layer_cache = None if cache is None else (cache.k, cache.v, cache.router_sum)
     over_layers = jax.lax.scan if isinstance(shared["layers"], dict) else _one_by_one
-    x_BTD, (logits, combine, residual, layer_cache) = over_layers(
+    x_BTD, (logits, combine, residual, drops, layer_cache) = over_layers(
         block.remat(one_layer, run.remat), x_BTD, (shared["layers"], tuple(groups), layer_cache)
     )
     if cache is not None and branch_end_BT is None:
         length_B = cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
         cache = Cache(*layer_cache, length_B)
     hidden_BTD = layers.rms_norm(x_BTD, shared["final_norm"], config.norm_eps)
-    return Output(hidden_BTD, logits, combine, residual, cache)
+    return Output(hidden_BTD, logits, combine, residual, drops, cache)
 
 
 def unembedding(config: ModelConfig, shared: tree.Tree) -> jax.Array:
@@ -297,9 +302,9 @@ def _one_by_one(one_layer, x_BTD, layers_in):
         inputs = (layer, tuple(g[i] for g in groups), tuple(leaf[i] for leaf in cache))
         x_BTD, out = one_layer(x_BTD, inputs)
         outs.append(out)
-    logits, combine, _, caches = zip(*outs, strict=True)
+    logits, combine, _, _, caches = zip(*outs, strict=True)
     cache = tuple(list(leaves) for leaves in zip(*caches, strict=True))
-    return x_BTD, (jnp.stack(logits), jnp.stack(combine), None, cache)
+    return x_BTD, (jnp.stack(logits), jnp.stack(combine), None, None, cache)
 
 
 def _branch_mask(branch_end_BT: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from flexolmo_jax import attention, moe
 from flexolmo_jax.config import ExecConfig
+from flexolmo_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,8 @@ class Runtime:
     """`ExecConfig` with everything automatic resolved; hashable, a static argument of jit."""
 
     dispatch: str
+    expert_parallel: str = "fsdp"
+    capacity: float = 0.0
     attention: str = "whole"
     compute_dtype: str = "float32"
     remat: str = "none"
@@ -24,12 +27,33 @@ class Runtime:
 
     @classmethod
     def resolve(
-        cls, config: ExecConfig, n_slots: int, n_active: int, mesh: Mesh | None = None
+        cls,
+        config: ExecConfig,
+        n_slots: int,
+        n_active: int,
+        mesh: Mesh | None = None,
+        *,
+        training: bool = False,
     ) -> "Runtime":
-        """Resolves "auto" for the platform that jax runs on."""
+        """Resolves "auto" for the platform that jax runs on.
+
+        Raises:
+          ConfigError: a capacity outside training, where other rows would change a row's result.
+        """
+        if config.capacity and not training:
+            raise ConfigError(
+                "A capacity makes a row's result depend on the rows beside it: it is for training "
+                "only",
+                got=f"exec.capacity={config.capacity:g}",
+                expected="0 for evaluation, generation and serving",
+                where="exec.capacity",
+            )
         platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+        dispatch = moe.resolve(config.moe, n_slots, n_active, platform)
         return cls(
-            dispatch=moe.resolve(config.moe, n_slots, n_active, platform),
+            dispatch=dispatch,
+            expert_parallel=moe.resolve_parallel(config.expert_parallel, dispatch, mesh, platform),
+            capacity=config.capacity,
             attention=attention.resolve(config.attention, platform),
             compute_dtype=config.compute_dtype,
             remat=config.remat,
