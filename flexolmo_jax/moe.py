@@ -163,6 +163,15 @@ class Drops:
     refused_E: jax.Array
     asked_E: jax.Array
 
+    def shares(self) -> dict[str, jax.Array]:
+        """Dropped shares: of all assignments, of the worst shard's, of the worst slot's."""
+        asked = jnp.maximum(jnp.sum(self.asked_E), 1)
+        return {
+            "dropped": jnp.sum(self.lost_S) / asked,
+            "dropped_worst_shard": jnp.max(self.lost_S) * len(self.lost_S) / asked,
+            "dropped_worst_slot": jnp.max(self.refused_E / jnp.maximum(self.asked_E, 1)),
+        }
+
 
 def limit(routing: Routing, capacity: float, shards: int) -> tuple[Routing, Drops]:
     """Drops what a slot has no room for: more than `capacity` times the mean, per shard of tokens.

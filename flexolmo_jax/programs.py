@@ -80,7 +80,7 @@ def training(run: RunConfig, config: ModelConfig, grid: Mesh) -> Program:
     c = stages.stage_model(run.stage, config)
     trainable, frozen = weights(run.stage, c, grid, run.exec.compute_dtype)
     optimizer = optim.make_optimizer(run.optim, trainable)
-    runtime = model.Runtime.resolve(run.exec, c.n_slots, c.n_active, grid)
+    runtime = model.Runtime.resolve(run.exec, c.n_slots, c.n_active, grid, training=True)
     return Program(
         stage=run.stage,
         config=c,

@@ -22,7 +22,7 @@ def loss_sums(
     trainable: tree.Tree,
     frozen: tree.Tree,
     batch: Batch,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """Sums over predicted tokens of everything that the objective and the metrics are made of."""
     shared, groups = stages.assemble(stage, trainable, frozen)
     out = model.forward(
@@ -33,6 +33,7 @@ def loss_sums(
         batch["tokens"],
         segments_BT=batch["segments"],
         allowed_BE=stages.allowed(frozen, len(batch["tokens"])),
+        training=True,
     )
     nll_BT, z_BT = loss.token_losses(config, run, shared, out.hidden_BTD, batch["targets"])
     mask_BT = batch["loss_mask"]
@@ -42,10 +43,12 @@ def loss_sums(
     }
     if stage != "anchor":
         sums |= stages.router_metrics(stage, out, batch["own"], mask_BT)
+    if out.drops is not None:
+        sums["drops"] = jax.tree.map(functools.partial(jnp.sum, axis=0), out.drops)
     return sums
 
 
-def objective(optim: OptimConfig, sums: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
+def objective(optim: OptimConfig, sums: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
     """Mean loss per predicted token, in nats, with the auxiliary terms of the stage."""
     total = sums["nll"] + optim.z_loss * sums["z"]
     if "router_z" in sums:
@@ -65,7 +68,7 @@ def gradients(
     trainable: tree.Tree,
     frozen: tree.Tree,
     batch: Batch,
-) -> tuple[tree.Tree, dict[str, jax.Array]]:
+) -> tuple[tree.Tree, dict[str, Any]]:
     """Gradient of `objective` over the whole batch, micro-batch by micro-batch if asked.
 
     Every micro-batch is divided by the token count of the *whole* batch, so accumulation gives the
@@ -130,6 +133,7 @@ def train_step(
     }
     tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
     own = jnp.sum(batch["loss_mask"] & batch["own"])
+    drops = sums.pop("drops", None)
     metrics = {name: value / tokens for name, value in sums.items()}
     metrics["loss"] = metrics.pop("nll")
     if "own_weight_on_own" in sums:
@@ -137,5 +141,7 @@ def train_step(
         metrics["own_weight_on_public"] = sums["own_weight_on_public"] / jnp.maximum(
             tokens - own, 1
         )
+    if drops is not None:
+        metrics |= drops.shares()
     metrics |= {"grad_norm": norm, "skipped": ~finite, "tokens": tokens}
     return new_state, metrics
