@@ -10,13 +10,15 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)")
 
 def is_url(path: str) -> bool:
     """Whether a path is the URL of an object rather than a file of this machine."""
-    return URL.match(path) is not None
+    return URL.match(plain(path)) is not None
 
 
 def plain(text: str) -> str:
     """`text` with every other spelling of a path in it undone: escapes, doubled slashes, dots."""
     for _ in range(3):
         text = unquote(text)
+    # One slash is what is left of a URL that was taken for a path; storage reads it as a URL.
+    text = re.sub(r"(?i)\b(gs|s3):/(?=[^/])", r"\1://", text)
     text = re.sub(r"(?<![:/])/{2,}", "/", text)
     text = re.sub(r"/(?:\./)+", "/", text)
     shorter = text

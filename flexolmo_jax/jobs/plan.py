@@ -58,6 +58,7 @@ class Job:
       env: variables it gets beside the few that every process needs.
       owner: whose closed data it may see; "" is nobody's.
       expected_s: rough seconds, to estimate the time left; 0 is unknown.
+      planned: options of `flexolmo plan` for the job's program; a training job has its own.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Job:
     resources: Resources = Resources()
     owner: str = ""
     expected_s: float = 0.0
+    planned: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

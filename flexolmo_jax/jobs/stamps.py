@@ -41,7 +41,7 @@ def fingerprint(path: Path) -> Any:
 def job_digest(job: Job) -> str:
     """Digest of all that decides the result of a job: command, settings, inputs, version."""
     settings = dataclasses.asdict(job)
-    for unrelated in ("needs", "expected_s", "outputs"):
+    for unrelated in ("needs", "expected_s", "outputs", "planned"):
         del settings[unrelated]
     settings["inputs"] = {p: fingerprint(Path(p)) for p in job.inputs}
     settings["version"] = flexolmo_jax.__version__
