@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flexolmo_jax import distributed
 from flexolmo_jax import tree as trees
 from flexolmo_jax.errors import CheckpointError, Problem
 from flexolmo_jax.files import list_files
@@ -82,22 +83,25 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
 def save_tree(path: str | Path, tree: Any) -> None:
     """Saves a pytree of arrays as a new Orbax directory, completely or not at all.
 
-    Equal trees give equal files: sharding, time and place of the save leave no trace.
+    Equal trees give equal files: sharding, time and place of the save leave no trace. A leaf that
+    no process holds whole is written by all of them, in a file per part.
 
     Raises:
       CheckpointError: `path` exists, or a leaf cannot be saved.
     """
     path = Path(path).absolute()
-    if path.exists() or path.is_symlink():
-        raise CheckpointError("The checkpoint exists already", where=path)
-    leaves = {name: to_host(leaf) for name, leaf in named_leaves(tree)[0].items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with distributed.together("saving"):
+        if path.exists() or path.is_symlink():
+            raise CheckpointError("The checkpoint exists already", where=path)
+        leaves = {name: to_host(leaf) for name, leaf in named_leaves(tree)[0].items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(path.name + ".saving")
     with _checkpointer() as checkpointer:
         checkpointer.save(work, args=ocp.args.PyTreeSave(trees.unflatten(leaves)), force=True)
-    if jax.process_index() == 0:
-        _remove_traces(work)
-        os.replace(work, path)
+    with distributed.together("saving"):
+        if distributed.first():
+            _remove_traces(work)
+            os.replace(work, path)
 
 
 def _remove_traces(folder: Path) -> None:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ SETTINGS = (COORDINATOR, COUNT, INDEX)
 SHUTDOWN_S = 30
 _AGREED = "every process of the run stopped for this"
 _SHARED = {c.__name__: c for c in (CheckpointError, ConfigError, DataError, TrainingError)}
+_SHARED["RefusedError"] = CheckpointError
+# A process that could not leave by itself (a thread of it waits for others) is ended then.
+LEAVE_S = 20
 
 
 def start(environment: Mapping[str, str] | None = None) -> bool:
@@ -144,9 +148,12 @@ def session() -> Iterator[bool]:
         ended = True
     finally:
         error = sys.exception()
-        if not ended and several() and _AGREED not in getattr(error, "__notes__", ()):
+        if not ended and several() and not is_agreed(error):
             code = error.exit_code if isinstance(error, FlexOlmoError) else 1
             atexit.register(_leave, code)
+            late = threading.Timer(LEAVE_S, _leave, [code])
+            late.daemon = True
+            late.start()
 
 
 def _leave(code: int) -> None:
@@ -169,6 +176,11 @@ def agreed(error: FlexOlmoError) -> FlexOlmoError:
     """Marks an error that every process raises at this point, so that all end in good order."""
     error.add_note(_AGREED)
     return error
+
+
+def is_agreed(error: BaseException | None) -> bool:
+    """Whether every process raised an error at one point (`agreed`, `together`)."""
+    return _AGREED in getattr(error, "__notes__", ())
 
 
 @contextlib.contextmanager

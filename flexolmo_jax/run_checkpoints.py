@@ -164,8 +164,10 @@ class RunCheckpoints:
     def __enter__(self) -> "RunCheckpoints":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        # Where one process failed alone, the others may be anywhere: none comes to end a save.
+        if error is None or distributed.is_agreed(error) or not distributed.several():
+            self.close()
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """State and meta of one step, after checking every byte of it.

@@ -12,9 +12,9 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 
-from flexolmo_jax import evaluate, metrics, placed, sharding, stages, training_job, tree
+from flexolmo_jax import distributed, evaluate, metrics, placed, stages, training_job, tree
 from flexolmo_jax.config import RunConfig, SourceConfig
 from flexolmo_jax.data import loader
 from flexolmo_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError
@@ -42,31 +42,29 @@ def fit(config: RunConfig, workdir: Path) -> dict[str, Any]:
       Preempted: told to stop (SIGTERM); the state is saved.
     """
     workdir = Path(workdir).absolute()
-    _refuse_other(workdir, config)
-    if (workdir / "summary.json").exists():
+    distributed.require_same(dataclasses.asdict(config), "their configuration")
+    finished = distributed.from_first(lambda: _finished(workdir, config), "starting")
+    if finished:
         logger.info("finished already: %s", workdir)
-        return json.loads((workdir / "summary.json").read_text())
+        return finished
     began = time.time()
     j = training_job.build(config)
-    frozen_before = tree.digests(j.frozen)
-    data = loader.train_loader(
-        config.data,
-        tokenizer_digest=j.tokenizer_digest,
-        vocab_size=j.model.vocab_size,
-        seed=config.seed,
-        held=placed.batch_rows(j.mesh, config.data.batch_rows),
-    )
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    frozen_before = placed.part_digests(j.frozen)
+    with distributed.together("opening the data"):
+        iterator = iter(_training_data(j))
+        if distributed.first():
+            workdir.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+            (workdir / "config.json").write_text(text)
     with RunCheckpoints(
         workdir / "checkpoints", config.checkpoint_every, config.keep_checkpoints
     ) as checkpoints:
-        iterator = iter(data)
         state = _restore(j, checkpoints, iterator)
         run = Loop(j, workdir, checkpoints, iterator, state)
         run.to_the_end()
-    if tree.digests(j.frozen) != frozen_before:
-        raise TrainingError("A frozen leaf changed during training", where=workdir)
+    with distributed.together("checking the frozen leaves"):
+        if placed.part_digests(j.frozen) != frozen_before:
+            raise TrainingError("A frozen leaf changed during training", where=workdir)
     summary = {
         "steps": config.optim.last_step,
         "tokens": config.optim.last_step * config.data.batch_rows * config.data.seq_len,
@@ -75,6 +73,24 @@ def fit(config: RunConfig, workdir: Path) -> dict[str, Any]:
     }
     _finish(j, run.state, workdir, summary)
     return summary
+
+
+def _finished(workdir: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The summary of a run that has ended, after the checks that come before any other work."""
+    _refuse_other(workdir, config)
+    path = workdir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _training_data(j: training_job.TrainingJob) -> grain.IterDataset:
+    config = j.config
+    return loader.train_loader(
+        config.data,
+        tokenizer_digest=j.tokenizer_digest,
+        vocab_size=j.model.vocab_size,
+        seed=config.seed,
+        held=placed.batch_rows(j.mesh, config.data.batch_rows),
+    )
 
 
 def _refuse_other(workdir: Path, config: RunConfig) -> None:
@@ -119,12 +135,13 @@ def _restore(
         logger.warning("damaged checkpoint passed over: %s", problem)
     wanted = j.anchor.anchor_digest if j.anchor else None
     if restored.meta["anchor_digest"] != wanted:
-        raise CheckpointError(
+        problem = CheckpointError(
             "The checkpoint was trained beside another anchor",
             got=restored.meta["anchor_digest"],
             expected=wanted,
             where=checkpoints.directory,
         )
+        raise distributed.agreed(problem)
     iterator.set_state(restored.meta["iterator"])
     logger.info("resumed at step %d", restored.step)
     return restored.state
@@ -145,7 +162,9 @@ class Loop:
         self._checkpoints, self._iterator = checkpoints, iterator
         self._done = int(state["step"])
         self._skipped = 0
-        self._writer = metrics.MetricsWriter(workdir, last_step=self._done)
+        self._held = placed.batch_rows(j.mesh, j.config.data.batch_rows)
+        first = distributed.first()
+        self._writer = metrics.MetricsWriter(workdir, last_step=self._done) if first else None
         self._clock = _Clock(j, self._done)
         self._stop = threading.Event()
         self._step = j.program.jitted()
@@ -154,12 +173,13 @@ class Loop:
         """Runs all remaining steps; the metrics of a step are read while the next one computes."""
         config = self.job.config
         previous = signal.SIG_DFL
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main:
+        # Several processes are told through JAX, or each would stop after another step.
+        ours = threading.current_thread() is threading.main_thread() and not distributed.several()
+        if ours:
             previous = signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
         pending = None
         try:
-            while self._done < config.optim.last_step and not self._stop.is_set():
+            while self._done < config.optim.last_step and not self._told_to_stop():
                 batch = self._next_batch()
                 with jax.transfer_guard("disallow"):
                     self.state, new = self._step(self.state, self.job.frozen, batch)
@@ -168,7 +188,7 @@ class Loop:
                     self._report(*pending)
                 pending = (self._done, new)
                 if config.eval_every and self._done % config.eval_every == 0:
-                    self._writer.write(self._done, {"heldout": self._heldout()})
+                    self._write(self._done, {"heldout": self._heldout()})
                 if self._checkpoints.due(self._done):
                     self._save()
             if pending is not None:
@@ -176,22 +196,31 @@ class Loop:
             self._save()
             self._checkpoints.wait()
         finally:
-            self._writer.close()
-            if in_main:
+            if self._writer:
+                self._writer.close()
+            if ours:
                 signal.signal(signal.SIGTERM, previous)
         if self._done < config.optim.last_step:
-            raise Preempted(
+            told = Preempted(
                 "The run was told to stop and has saved its state",
                 where=f"step {self._done} of {config.optim.last_step}",
                 fix="start it again with the same command",
             )
+            raise distributed.agreed(told)
+
+    def _told_to_stop(self) -> bool:
+        """Whether SIGTERM came to any process of the run; true for all after the same step."""
+        if not distributed.several():
+            return self._stop.is_set()
+        return multihost_utils.reached_preemption_sync_point(self._done)
 
     def _next_batch(self) -> dict[str, jax.Array]:
-        rows = sharding.batch_sharding(self.job.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(rows, np.asarray(value))
-            for name, value in next(self._iterator).items()
-        }
+        rows = self.job.config.data.batch_rows
+        return placed.batch(next(self._iterator), self.job.mesh, rows, self._held)
+
+    def _write(self, number: int, values: dict[str, Any]) -> None:
+        if self._writer:
+            self._writer.write(number, values)
 
     def _save(self) -> None:
         meta = {
@@ -206,17 +235,18 @@ class Loop:
         if values["skipped"]:
             logger.warning("step %d is not finite: its update was left out", number)
         if self._skipped >= MAX_SKIPPED:
-            raise TrainingError(
+            diverged = TrainingError(
                 f"{MAX_SKIPPED} steps in a row were not finite",
                 where=f"step {number}",
                 fix="lower the learning rate or look at the batches of these steps",
             )
+            raise distributed.agreed(diverged)
         config = self.job.config
         self._clock.started(number)
         if number % config.log_every == 0 or number == config.optim.last_step:
             values |= self._clock.tick(number)
             self.last = {k: round(v, 6) for k, v in values.items()}
-            self._writer.write(number, self.last)
+            self._write(number, self.last)
             logger.info("%s", _line(number, config.optim.last_step, values))
 
     def _heldout(self) -> dict[str, float]:
@@ -286,6 +316,10 @@ def _line(number: int, total: int, v: dict[str, float]) -> str:
     if "own_weight_on_own" in v:
         own, public = v["own_weight_on_own"], v["own_weight_on_public"]
         parts.append(f"own expert's weight: own text {own:.2f}, public {public:.2f}")
+    if "dropped" in v:
+        parts.append(
+            f"dropped {v['dropped']:.2%}, of the fullest slot {v['dropped_worst_slot']:.2%}"
+        )
     parts.append(f"{metrics.duration(v['seconds_left'])} left")
     return "  ".join(parts)
 
@@ -304,7 +338,7 @@ def _finish(
     package.write_final(
         workdir,
         stage=config.stage,
-        params=jax.device_get(_final_params(j, state["params"])),
+        params=_final_params(j, state["params"]),
         config=j.anchor.config if j.anchor else j.model,
         tokenizer_path=j.tokenizer,
         expert_id=config.expert_id,
@@ -316,7 +350,9 @@ def _finish(
         },
         recipe=_recipe(config),
     )
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with distributed.together("writing the summary"):
+        if distributed.first():
+            (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _final_params(j: training_job.TrainingJob, params: tree.Tree) -> tree.Tree:

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from flexolmo_jax import mesh, model, optim, programs, stages, tree
+from flexolmo_jax import distributed, mesh, model, optim, placed, programs, stages, tree
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError
@@ -30,7 +30,7 @@ class TrainingJob:
     Attributes:
       program: the step, with the shapes and shardings of everything that it takes.
       frozen: leaves that are only read, placed on the mesh in the dtype they are used in.
-      initial: makes the initial trainable leaves.
+      initial: makes the initial trainable leaves, placed on the mesh.
       tokenizer: path of tokenizer.json.
       anchor: what the directory that the stage starts from says of itself (stages "expert",
         "router").
@@ -75,11 +75,14 @@ class TrainingJob:
     def initial_state(self) -> tree.Tree:
         """A state at step 0, placed on the mesh."""
         places = programs.shardings(self.abstract_state)
-        params = jax.device_put(self.initial(), places["params"])
+        params = self.initial()
         optimizer = optim.make_optimizer(self.config.optim, params)
         make = jax.jit(optimizer.init, out_shardings=places["opt"])
-        step = jax.device_put(jnp.int32(0), places["step"])
-        return {"params": params, "opt": make(params), "step": step}
+        return {
+            "params": params,
+            "opt": make(params),
+            "step": placed.put(np.int32(0), places["step"]),
+        }
 
 
 def build(config: RunConfig) -> TrainingJob:
@@ -138,26 +141,35 @@ def _drawn(config: ModelConfig, stage: str, key: jax.Array) -> tree.Tree:
 
 
 def _expert_job(config: RunConfig, grid: Mesh) -> TrainingJob:
-    info, anchor, _ = model_dir.load_model(config.anchor)
-    program = programs.training(config, info.config, grid)
+    info, program = _start(config, grid)
 
     def initial() -> tree.Tree:
+        # Read once more, or a run that resumes would hold weights that it does not need.
+        anchor = _load(config, program)
         router_LD = router_init.expert_row(config, info.config, anchor)
-        return {"expert": stages.upcycle(anchor, router_LD, config.router_init.bias)}
+        places = programs.shardings(program.arguments["state"]["params"])
 
+        def copy(group: tree.Tree, row_LD: jax.Array) -> tree.Tree:
+            return {"expert": stages.upcycle({"experts": group}, row_LD, config.router_init.bias)}
+
+        return jax.jit(copy, out_shardings=places)(anchor["experts"], router_LD)
+
+    anchor = _load(config, program)
+    dtypes = {name: leaf.dtype for name, leaf in anchor["experts"].items()}
+    frozen = _cast(stages.split("expert", anchor)[1], program.arguments["frozen"])
     return _job(
         config,
         program,
-        frozen=_placed(stages.split("expert", anchor)[1], program.arguments["frozen"]),
+        frozen=frozen,
         initial=initial,
         tokenizer=info.tokenizer_path,
         anchor=info,
-        slice_dtypes={name: leaf.dtype for name, leaf in anchor["experts"].items()},
+        slice_dtypes=dtypes,
     )
 
 
 def _router_job(config: RunConfig, grid: Mesh) -> TrainingJob:
-    info, params, _ = model_dir.load_model(config.anchor)
+    info, program = _start(config, grid)
     if info.is_anchor:
         raise ConfigError(
             "Router tuning needs a model with experts",
@@ -165,26 +177,46 @@ def _router_job(config: RunConfig, grid: Mesh) -> TrainingJob:
             where=config.anchor,
             fix="stitch one with flexolmo stitch",
         )
-    program = programs.training(config, info.config, grid)
-    rows, kept = stages.split("router", params)
-    frozen = _placed(kept, program.arguments["frozen"])
+    rows, kept = stages.split("router", _load(config, program))
+    frozen = _cast(kept, program.arguments["frozen"])
     if len(info.slots) < info.config.n_slots:
         filled = np.isin(np.arange(info.config.n_slots), list(info.slots.values()))
-        frozen["filled"] = jax.device_put(filled, NamedSharding(grid, PartitionSpec()))
+        frozen["filled"] = placed.put(filled, placed.replicated(grid))
     return _job(
         config,
         program,
         frozen=frozen,
-        initial=lambda: tree.map_named(lambda _, leaf: jnp.asarray(leaf, jnp.float32), rows),
+        # Copies also where nothing is cast: the first step takes their memory.
+        initial=lambda: jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), rows),
         tokenizer=info.tokenizer_path,
         anchor=info,
     )
 
 
-def _placed(leaves: tree.Tree, like: tree.Tree) -> tree.Tree:
-    """Leaves in the dtypes and at the places of abstract ones."""
-    cast = jax.tree.map(lambda leaf, x: leaf.astype(x.dtype), leaves, like)
-    return jax.device_put(cast, programs.shardings(like))
+def _start(config: RunConfig, grid: Mesh) -> tuple[model_dir.ModelInfo, programs.Program]:
+    """What the model that a stage starts from says of itself, and the program for it."""
+    with distributed.together("reading the model that the stage starts from"):
+        info = model_dir.read_info(config.anchor)
+    return info, programs.training(config, info.config, grid)
+
+
+def _load(config: RunConfig, program: programs.Program) -> tree.Tree:
+    """That model with each leaf read straight to its place, in the dtype that it is stored in."""
+    # Both halves of stage "expert" start from one group.
+    state, frozen = program.arguments["state"]["params"], program.arguments["frozen"]
+    places = {"shared": frozen["shared"]}
+    if config.stage == "expert":
+        places["experts"] = frozen["public"]
+    else:
+        places["experts"] = {**frozen["experts"], **state["experts"]}
+    found = {name: leaf.sharding for name, leaf in tree.flatten(places).items()}
+    with distributed.together("loading the model that the stage starts from"):
+        return model_dir.load_model(config.anchor, sharding_fn=lambda name, _: found[name])[1]
+
+
+def _cast(leaves: tree.Tree, like: tree.Tree) -> tree.Tree:
+    """Placed leaves in the dtypes of abstract ones; the place stays."""
+    return jax.tree.map(lambda leaf, x: leaf.astype(x.dtype), leaves, like)
 
 
 def _job(
