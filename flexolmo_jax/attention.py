@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from flexolmo_jax import layers
+from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.sharding import ACTIVATION_RULES, spec_for
 
 # Queries of a tile: with a few heads and some hundred keys their scores fit a second-level cache.
@@ -24,10 +25,20 @@ MAX_TILES = 8
 
 
 def resolve(attention: str, platform: str) -> str:
-    """What "auto" stands for: "tiled" on CPU, else "whole"."""
+    """What "auto" stands for: "tiled" on CPU, "splash" on TPU, else "whole".
+
+    Raises:
+      ConfigError: the TPU kernel on another platform.
+    """
+    if attention == "splash" and platform != "tpu":
+        raise ConfigError(
+            "The splash kernel runs on TPU only",
+            got=f"exec.attention=splash on {platform}",
+            fix="use exec.attention=auto, whole or tiled",
+        )
     if attention != "auto":
         return attention
-    return "tiled" if platform == "cpu" else "whole"
+    return {"cpu": "tiled", "tpu": "splash"}.get(platform, "whole")
 
 
 def tiled(

@@ -4,18 +4,11 @@
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax import attention, layers, moe, router
+from flexolmo_jax import attention, layers, moe, router, splash
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.remat import OUTPUT, PROJECTION, keep
 from flexolmo_jax.runtime import Runtime
 from flexolmo_jax.sharding import constrain
-
-
-def remat(function, what: str):
-    """`function` with what its backward pass recomputes, as `ExecConfig.remat` says."""
-    if what == "none":
-        return function
-    saveable = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(function, policy=saveable if what == "dots" else None, prevent_cse=False)
 
 
 def layer(config: ModelConfig, run: Runtime, x_BTD, layer_in, **kwargs):
@@ -60,6 +53,7 @@ def _attention(
 
     def project(weight, scale):
         y = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight.astype(x_BTD.dtype))
+        y = keep(y, PROJECTION)
         if scale is not None:  # Over all heads together, or over each.
             normed = layers.rms_norm(y.reshape(B, T, -1, scale.size), scale, config.norm_eps)
             y = normed.reshape(y.shape)
@@ -93,9 +87,12 @@ def _attention(
         new_cache = (k_cache, v_cache)
     if cache is None and run.attention == "tiled":
         out_BTNH = attention.tiled(q_BTNH, k_BSKH, v_BSKH, segments_BT, run.mesh)
+    elif cache is None and run.attention == "splash":
+        out_BTNH = splash.splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, run.mesh)
     else:
         out_BTNH = layers.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
-    return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w["w_o"].astype(x_BTD.dtype)), new_cache
+    out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, w["w_o"].astype(x_BTD.dtype))
+    return keep(out_BTD, OUTPUT), new_cache
 
 
 def _after(cache, length_B, k_BSKH, v_BSKH, follows_BTS):

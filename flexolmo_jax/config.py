@@ -211,9 +211,12 @@ class ExecConfig:
         of a shard's assignments, which bounds memory where a router is not balanced; what is
         dropped depends on the batch, so evaluation, generation and serving refuse it.
       attention: "whole" makes all scores of a layer at once, "tiled" a tile at a time and never
-        those after the tile (CPU); the same maths, summed in another order.
-      remat: what the backward pass recomputes: nothing, all but matmul outputs, or whole blocks.
-      loss_chunk: positions whose logits exist at once.
+        those after the tile (CPU), "splash" is the kernel for TPU; the same maths, summed in
+        another order. A cache is read by "whole" always.
+      remat: what the backward pass keeps, from least memory to least work: "full", "outputs",
+        "projections", "dots", "none" (see `remat`).
+      loss_chunk: positions of a row whose logits exist at once; 0 takes 256 on CPU, elsewhere
+        2048 tokens of a device.
       decode: "stacked" takes a layer at a time out of the stack of all; "split" lays every matrix
         apart before decoding, which costs their memory once more and seconds of compilation, and
         skips unused slots; "auto" splits on one CPU device for long answers.
@@ -224,16 +227,18 @@ class ExecConfig:
     moe: Literal["auto", "dense", "blocked", "ragged"] = "auto"
     expert_parallel: Literal["auto", "fsdp", "ring", "all_to_all"] = "auto"
     capacity: float = 0.0
-    attention: Literal["auto", "whole", "tiled"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
-    loss_chunk: int = 256
+    attention: Literal["auto", "whole", "tiled", "splash"] = "auto"
+    remat: Literal["none", "dots", "projections", "outputs", "full"] = "none"
+    loss_chunk: int = 0
     decode: Literal["auto", "stacked", "split"] = "auto"
     mesh_data: int = 0
     mesh_expert: int = 1
     mesh_model: int = 1
 
     def __post_init__(self) -> None:
-        _positive(self, "loss_chunk", "mesh_expert", "mesh_model")
+        _positive(self, "mesh_expert", "mesh_model")
+        if self.loss_chunk < 0:
+            raise ConfigError("loss_chunk is negative", where="ExecConfig.loss_chunk")
         if self.capacity < 0:
             raise ConfigError(
                 "A capacity is a factor, or 0 for none", got=self.capacity, where="exec.capacity"

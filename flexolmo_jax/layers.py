@@ -9,6 +9,8 @@ E slots, A active experts, L layers, V vocab, M = B·T tokens, R rows of a block
 import jax
 import jax.numpy as jnp
 
+from flexolmo_jax.remat import HIDDEN, OUTPUT, keep
+
 NEG_INF = float("-inf")
 
 
@@ -63,7 +65,8 @@ def swiglu(
     x: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array
 ) -> jax.Array:
     """silu(x · w_gate) * (x · w_up), then · w_down."""
-    return (jax.nn.silu(x @ w_gate_DF) * (x @ w_up_DF)) @ w_down_FD
+    gate, up = keep(x @ w_gate_DF, HIDDEN), keep(x @ w_up_DF, HIDDEN)
+    return keep((jax.nn.silu(gate) * up) @ w_down_FD, OUTPUT)
 
 
 def document_positions(segments_BT: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flexolmo_jax import block, layers, moe, tree
+from flexolmo_jax import block, layers, moe, remat, tree
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.runtime import Runtime
 from flexolmo_jax.sharding import constrain
@@ -238,7 +238,7 @@ def forward(
     layer_cache = None if cache is None else (cache.k, cache.v, cache.router_sum)
     over_layers = jax.lax.scan if isinstance(shared["layers"], dict) else _one_by_one
     x_BTD, (logits, combine, residual, drops, layer_cache) = over_layers(
-        block.remat(one_layer, run.remat), x_BTD, (shared["layers"], tuple(groups), layer_cache)
+        remat.remat(one_layer, run.remat), x_BTD, (shared["layers"], tuple(groups), layer_cache)
     )
     if cache is not None and branch_end_BT is None:
         length_B = cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)

@@ -57,7 +57,7 @@ class Runtime:
             attention=attention.resolve(config.attention, platform),
             compute_dtype=config.compute_dtype,
             remat=config.remat,
-            loss_chunk=config.loss_chunk,
+            loss_chunk=config.loss_chunk or (256 if platform == "cpu" else 0),
             decode=_resolve_decode(config.decode, platform, mesh),
             mesh=mesh,
         )

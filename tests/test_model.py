@@ -164,7 +164,8 @@ def test_forms_for_a_cpu_are_chosen_by_name():
     on_cpu = jax.default_backend() == "cpu"
     assert run.attention == ("tiled" if on_cpu else "whole")
     assert run.decode == ("auto" if on_cpu else "stacked")
-    assert attention.resolve("auto", "tpu") == "whole"
+    assert attention.resolve("auto", "tpu") == "splash"
+    assert attention.resolve("auto", "gpu") == "whole"
     assert attention.resolve("whole", "cpu") == "whole"
     kept = model.Runtime.resolve(ExecConfig(attention="whole", decode="stacked"), 4, 2)
     assert (kept.attention, kept.decode) == ("whole", "stacked")

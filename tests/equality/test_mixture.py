@@ -119,7 +119,7 @@ def test_a_slot_that_another_row_uses_may_hold_anything(dispatch):
     assert np.isnan(got[1]).any()
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "projections", "outputs", "full"])
 def test_remat_changes_nothing(remat):
     params, batch = toy.params(), toy.batch()
     want = value_and_grad(toy.CONFIG, model.Runtime("dense"), params, batch)
