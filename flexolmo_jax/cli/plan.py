@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--search", action="store_true", help="try meshes, remat policies and rows at once"
     )
     parser.add_argument(
+        "--units", type=int, default=0, metavar="N", help="list the N units that take longest"
+    )
+    parser.add_argument(
         "--config.KEY",
         dest="overrides",
         action="append",
@@ -75,5 +78,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         search=args.search,
     )
     result = process.plan(request, lambda line: print(line, file=sys.stderr, flush=True))
-    print(table.text(result))
+    print(table.text(result, args.units))
     return result

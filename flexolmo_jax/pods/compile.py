@@ -8,6 +8,7 @@ JAX.
 
 import dataclasses
 import hashlib
+import os
 import re
 import time
 from typing import Any
@@ -24,6 +25,9 @@ from flexolmo_jax.pods.chips import Topology
 from flexolmo_jax.pods.memory import Memory
 from flexolmo_jax.pods.predict import Times
 from flexolmo_jax.pods.work import Work
+
+# Units that a plan lists.
+HEAVIEST = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +101,40 @@ class Plan:
             "tokens_per_s_per_chip": self.tokens_per_s_per_chip(),
             "compile_s": round(self.compile_s, 1),
             "program_hash": self.program_hash,
+            "compiler_flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
+            "heaviest": self.heaviest(),
             "unknown": {
                 "loops": list(self.work.unknown_loops) if self.work else [],
                 "kernels": list(self.work.unknown_kernels) if self.work else [],
             },
             "refusal": self.refusal,
         }
+
+    def heaviest(self, count: int = HEAVIEST) -> list[dict[str, Any]]:
+        """The units that take longest, slowest case first: where time would have to be saved."""
+        if self.work is None:
+            return []
+        over = layout(self.topology, self.program.mesh)
+        found = []
+        for u in self.work.units:
+            low, high = predict.unit_seconds(u, self.topology)
+            moved = sum(
+                predict.collective_seconds(c, over.span(c.groups), self.topology)
+                for c in u.collectives
+            )
+            found.append(
+                {
+                    "unit": u.name,
+                    "what": u.kernel or ", ".join(c.kind for c in u.collectives) or u.opcode,
+                    "times": u.times,
+                    "low_s": u.times * (low + moved),
+                    "high_s": u.times * (high + moved),
+                    "gflop": u.flops / 1e9,
+                    "hbm_mib": (u.read + u.written) / 2**20,
+                    "from": u.op_name,
+                }
+            )
+        return sorted(found, key=lambda f: -f["high_s"])[:count]
 
     def recomputed_share(self) -> float | None:
         """Share of the compiled FLOPs beyond those that the stage needs."""
@@ -176,8 +208,11 @@ def layout(topology: Topology, over: jax.sharding.Mesh) -> Layout:
     return Layout(topology, dict(over.shape), places)
 
 
-def measure(program: programs.Program, topology: Topology) -> Plan:
+def measure(program: programs.Program, topology: Topology, accumulate: int = 1) -> Plan:
     """Compiles a program for the topology that its mesh lies on, and counts.
+
+    Args:
+      accumulate: micro-batches of a training step.
 
     Raises:
       ConfigError: the compiler refuses the program for another reason than memory.
@@ -201,8 +236,10 @@ def measure(program: programs.Program, topology: Topology) -> Plan:
             refusal=" ".join(str(error).split())[:600],
         )
     seconds = time.perf_counter() - started
-    text = compiled.as_text()
-    done = work.read(text)
+    text = compiled.as_text() or ""
+    shape = program.mesh.shape
+    rows = program.tokens / accumulate / shape["data"] / shape["expert"] * program.config.n_active
+    done = work.read(text, even_rows=rows)
     over = layout(topology, program.mesh)
     return Plan(
         topology=topology,

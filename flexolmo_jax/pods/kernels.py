@@ -39,6 +39,15 @@ def hbm_bytes(i: Instruction) -> float | None:
     return _stated(i, "bytes_accessed") or None
 
 
+def load(name: str, operands: Sequence[Instruction], even_rows: float) -> float:
+    """Share of a grouped product's row buffer that is used when all experts are used alike."""
+    if not even_rows or not re.search(r"ragged-dot|gmm|grouped", name):
+        return 1.0
+    rows = [a.shape[0] for o in operands for a in o.arrays if len(a.shape) == 2]
+    rows = [n for n in rows if n > 1]
+    return min(1.0, even_rows / rows[0]) if rows else 1.0
+
+
 def harmless(name: str) -> bool:
     """Whether a kernel only prepares indices, so that no FLOPs are missing."""
     return "metadata" in name

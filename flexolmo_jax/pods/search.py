@@ -8,7 +8,6 @@ from typing import Any
 from flexolmo_jax import model as model_
 from flexolmo_jax import tree
 from flexolmo_jax.errors import ConfigError
-from flexolmo_jax.pods import compile as compiling
 from flexolmo_jax.pods import target as targets
 from flexolmo_jax.pods.chips import GIB, Topology
 from flexolmo_jax.pods.compile import Plan
@@ -41,7 +40,7 @@ def answer(request: Request, tell: Tell) -> dict[str, Any]:
     """
     target = targets.read(request)
     tell(_headline(target))
-    plan = compiling.measure(target.program(), target.topology)
+    plan = target.measure()
     result = plan.to_json() | {"model": _model_json(target)}
     if not plan.fits and request.advise:
         found = advice(target, plan, tell)
@@ -82,7 +81,7 @@ def _tried_json(t: Tried) -> dict[str, Any]:
 def _measure(change: str, target: Target, tell: Tell) -> Tried | None:
     """Compiles a variant; None if it cannot be laid out."""
     try:
-        plan = compiling.measure(target.program(), target.topology)
+        plan = target.measure()
     except ConfigError as error:
         tell(f"  {change}: {error.what}")
         return None

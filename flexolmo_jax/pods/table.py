@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan as text for a screen, from its JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 ASSUMPTIONS = """\
 low:  collectives that start early hide behind the units of their loop; units without a matrix
       product run at HBM bandwidth; Mosaic kernels reach 85 % of what their shapes allow.
 high: nothing overlaps; every unit takes the compiler's cycles; Mosaic kernels reach 50 %.
-Both: links at the makers' bandwidth, torus axes at once; no input, checkpoint or restart time."""
+Both: links at the makers' bandwidth, torus axes at once; experts used alike (grouped products skip
+      the rest of their buffers); no input, checkpoint or restart time."""
 
 
-def text(plan: Mapping[str, Any]) -> str:
-    """All that `flexolmo plan` prints."""
+def text(plan: Mapping[str, Any], units: int = 0) -> str:
+    """All that `flexolmo plan` prints.
+
+    Args:
+      units: how many of the units that take longest are listed.
+    """
     lines = [_title(plan), "", *_memory(plan)]
     if plan["step_s"]:
         lines += ["", *_time(plan), "", *_collectives(plan), "", ASSUMPTIONS]
+    if units and plan["heaviest"]:
+        lines += ["", *_heaviest(plan["heaviest"][:units])]
     for name in ("loops", "kernels"):
         if plan["unknown"][name]:
             said = ", ".join(plan["unknown"][name])
@@ -92,6 +99,16 @@ def _collectives(plan: Mapping[str, Any]) -> list[str]:
         )
         lines.append(f"  {axis:<12}{moved}  ({seconds.get(axis, 0.0):.3g} s alone)")
     return lines if len(lines) > 1 else ["no collectives"]
+
+
+def _heaviest(units: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["units that take longest, seconds per step", "     low    high  times  what"]
+    for u in units:
+        place = u["from"].replace("/closed_call", "").replace("/while/body", "")[-70:]
+        lines.append(
+            f" {u['low_s']:>7.4f} {u['high_s']:>7.4f} {u['times']:>6}  {u['what']}  {place}"
+        )
+    return lines
 
 
 def _search(plan: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from flexolmo_jax.pods.process import Request
 
 SERVING = {"eval": programs.evaluation, "prefill": programs.prefill, "decode": programs.decode}
 STAGES = (*stages.STAGES, *SERVING)
-# From the policy that keeps most to the one that keeps least.
+# `ExecConfig` lists them from what keeps most to what keeps least.
 REMAT: tuple[str, ...] = typing.get_args(typing.get_type_hints(ExecConfig)["remat"])
 
 
@@ -77,6 +77,15 @@ class Target:
         data = self.run.data
         make = SERVING[self.stage]
         return make(self.model, self.run.exec, grid, rows=data.batch_rows, seq_len=data.seq_len)
+
+    def measure(self) -> compiling.Plan:
+        """Compiles the program and counts.
+
+        Raises:
+          ConfigError: it cannot be laid out, or the compiler refuses it.
+        """
+        pieces = self.run.optim.accumulate if self.trains else 1
+        return compiling.measure(self.program(), self.topology, pieces)
 
 
 def read(request: Request) -> Target:

@@ -93,9 +93,15 @@ class Work:
         return sum((u.read + u.written) * u.times for u in self.units)
 
 
-def read(text: str) -> Work:
-    """Reads the text of a compiled program."""
-    reader = _Reader(Module(text))
+def read(text: str, even_rows: float = 0.0) -> Work:
+    """Reads the text of a compiled program.
+
+    Args:
+      even_rows: rows of grouped products that each device gets when all experts are used alike;
+        buffers of dropless routing are larger, and kernels skip what no group holds. 0 counts
+        whole buffers.
+    """
+    reader = _Reader(Module(text), even_rows)
     units = tuple(reader.walk(reader.module.entry, 1))
     return Work(
         units,
@@ -106,8 +112,8 @@ def read(text: str) -> Work:
 
 
 class _Reader:
-    def __init__(self, module: Module):
-        self.module = module
+    def __init__(self, module: Module, even_rows: float):
+        self.module, self.even_rows = module, even_rows
         self.unknown_loops: set[str] = set()
         self.saved = 0
 
@@ -148,8 +154,11 @@ class _Reader:
         read, written = self._traffic(i, types)
         kernel = kernels.name_of(i)
         if kernel:
-            flops += kernels.flops(i, [types[o] for o in i.operands if o in types])
-            read = max(read, (kernels.hbm_bytes(i) or 0.0) - written)
+            operands = [types[o] for o in i.operands if o in types]
+            load = kernels.load(kernel, operands, self.even_rows)
+            flops += load * kernels.flops(i, operands)
+            read, written = max(read, (kernels.hbm_bytes(i) or 0.0) - written), load * written
+            read *= load
         return Unit(
             name=i.name,
             opcode=i.opcode,
@@ -169,31 +178,34 @@ class _Reader:
         self, i: Instruction, types: Mapping, counted: set[str], overlapped: bool
     ) -> tuple[float, list[Collective]]:
         """FLOPs and collectives of an instruction and of what is fused into it."""
-        flops, found = 0.0, []
-        if i.opcode in ("convolution", "dot"):
-            flops += matmul_flops(i, types)
         kind = i.opcode.removesuffix("-start")
+        if i.opcode in ("convolution", "dot"):
+            return matmul_flops(i, types), []
         if kind in COLLECTIVES:
-            key = _channel(i)
-            if key not in counted:
-                counted.add(key)
-                late = overlapped or i.opcode.endswith("-start")
-                found.append(Collective(kind, groups_text(i.text), _moved(i, types), late))
+            late = overlapped or i.opcode.endswith("-start")
+            return 0.0, list(self._exchange(i, kind, types, counted, late))
         inner = i.called("calls") if i.opcode in ("fusion", "custom-call") else ""
-        if inner and inner in self.module.computations:
-            inside = self.module.computations[inner]
-            late = overlapped or any("AsyncCollectiveStart" in j.text for j in inside)
-            late = late or inner.startswith("async_collective")
-            # One collective that sums and keeps a part is written as a sum and a slice.
-            scatter = "all-reduce-scatter" in inner
-            for j in inside:
-                more, others = self._inside(j, self.module.types(inner), counted, late)
-                flops += more
-                for c in others:
-                    if scatter and c.kind == "all-reduce":
-                        c = dataclasses.replace(c, kind="reduce-scatter")
-                    found.append(c)
+        inside = self.module.computations.get(inner, [])
+        late = overlapped or inner.startswith("async_collective")
+        late = late or any("AsyncCollectiveStart" in j.text for j in inside)
+        flops, found = 0.0, []
+        for j in inside:
+            more, others = self._inside(j, self.module.types(inner), counted, late)
+            flops += more
+            found += others
+        # One collective that sums and keeps a part is written as a sum and a slice.
+        if "all-reduce-scatter" in inner:
+            found = [dataclasses.replace(c, kind="reduce-scatter") for c in found]
         return flops, found
+
+    def _exchange(
+        self, i: Instruction, kind: str, types: Mapping, counted: set[str], late: bool
+    ) -> Iterator[Collective]:
+        """A collective, unless it is another step of one that was counted."""
+        key = _channel(i)
+        if key not in counted:
+            counted.add(key)
+            yield Collective(kind, groups_text(i.text), _moved(i, types), late)
 
     def _traffic(self, i: Instruction, types: Mapping) -> tuple[float, float]:
         """HBM bytes that a unit reads and writes."""
@@ -252,12 +264,11 @@ class _Reader:
             return i.hbm
         total = 0
         for j, array in zip(made, i.arrays, strict=True):
-            while j is not None and j.opcode == "bitcast" and j.operands:
-                j = body.get(j.operands[0])
+            j = _behind_bitcasts(j, body)
             passed = j is not None and (j.opcode == "parameter" or j.opcode in COLLECTIVES)
             if array.space or passed:
                 continue
-            update = body.get(j.operands[1]) if _is_update(j) else None
+            update = body.get(j.operands[1]) if j is not None and _is_update(j) else None
             total += update.size if update is not None else array.size
         return total
 
@@ -266,8 +277,14 @@ def _unknown(u: Unit) -> bool:
     return bool(u.kernel) and not u.flops and not kernels.harmless(u.kernel)
 
 
-def _is_update(j: Instruction | None) -> bool:
-    return j is not None and j.opcode == "dynamic-update-slice"
+def _is_update(j: Instruction) -> bool:
+    return j.opcode == "dynamic-update-slice"
+
+
+def _behind_bitcasts(j: Instruction | None, body: Mapping[str, Instruction]) -> Instruction | None:
+    while j is not None and j.opcode == "bitcast" and j.operands:
+        j = body.get(j.operands[0])
+    return j
 
 
 def _stacks(module: Module, body: str, trips: int) -> Iterator[int]:
