@@ -14,13 +14,22 @@ import grain
 import jax
 from jax.experimental import multihost_utils
 
-from flexolmo_jax import distributed, evaluate, metrics, placed, stages, training_job, tree
+from flexolmo_jax import (
+    distributed,
+    evaluate,
+    metrics,
+    placed,
+    run_dirs,
+    stages,
+    training_job,
+    tree,
+)
 from flexolmo_jax.config import RunConfig, SourceConfig
 from flexolmo_jax.data import loader
 from flexolmo_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError
 from flexolmo_jax.experts import package, router_init
 from flexolmo_jax.experts import slice as slices
-from flexolmo_jax.run_checkpoints import RunCheckpoints
+from flexolmo_jax.storage import urls
 
 logger = logging.getLogger("flexolmo")
 
@@ -30,8 +39,11 @@ MAX_SKIPPED = 3
 FREE_KEYS = ("exec", "log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
 
 
-def fit(config: RunConfig, workdir: Path) -> dict[str, Any]:
+def fit(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     """Runs the job to its last step and writes `final/`; called again, it goes on where it stopped.
+
+    Args:
+      workdir: a folder, or a URL of object storage (see `run_dirs`).
 
     Returns:
       a summary: steps, tokens, seconds of this call, the last metrics.
@@ -41,11 +53,16 @@ def fit(config: RunConfig, workdir: Path) -> dict[str, Any]:
       TrainingError: the run diverged, or a frozen leaf moved.
       Preempted: told to stop (SIGTERM); the state is saved.
     """
-    workdir = Path(workdir).absolute()
     distributed.require_same(dataclasses.asdict(config), "their configuration")
+    with run_dirs.opened(workdir) as place:
+        return _fit(config, place)
+
+
+def _fit(config: RunConfig, place: run_dirs.RunDir) -> dict[str, Any]:
+    workdir = place.path
     finished = distributed.from_first(lambda: _finished(workdir, config), "starting")
     if finished:
-        logger.info("finished already: %s", workdir)
+        logger.info("finished already: %s", place)
         return finished
     began = time.time()
     j = training_job.build(config)
@@ -56,22 +73,20 @@ def fit(config: RunConfig, workdir: Path) -> dict[str, Any]:
             workdir.mkdir(parents=True, exist_ok=True)
             text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
             (workdir / "config.json").write_text(text)
-    with RunCheckpoints(
-        workdir / "checkpoints", config.checkpoint_every, config.keep_checkpoints
-    ) as checkpoints:
+    with place.checkpoints(config.checkpoint_every, config.keep_checkpoints) as checkpoints:
         state = _restore(j, checkpoints, iterator)
         run = Loop(j, workdir, checkpoints, iterator, state)
         run.to_the_end()
     with distributed.together("checking the frozen leaves"):
         if placed.part_digests(j.frozen) != frozen_before:
-            raise TrainingError("A frozen leaf changed during training", where=workdir)
+            raise TrainingError("A frozen leaf changed during training", where=place)
     summary = {
         "steps": config.optim.last_step,
         "tokens": config.optim.last_step * config.data.batch_rows * config.data.seq_len,
         "seconds": round(time.time() - began, 3),
         "last": run.last,
     }
-    _finish(j, run.state, workdir, summary)
+    _finish(j, run.state, place, summary)
     return summary
 
 
@@ -120,12 +135,12 @@ def _settings(value: Any, key: str = "") -> dict[str, Any]:
         nested = [_settings(v, f"{key}.{k}" if key else str(k)) for k, v in items]
         return {k: v for part in nested for k, v in part.items()}
     if value and key.split(".")[-1] in ("path", "anchor", "tokenizer"):
-        value = str(Path(value).resolve())
+        value = urls.as_url(value) or str(Path(value).resolve())
     return {key: value}
 
 
 def _restore(
-    j: training_job.TrainingJob, checkpoints: RunCheckpoints, iterator: grain.DatasetIterator
+    j: training_job.TrainingJob, checkpoints: run_dirs.Checkpoints, iterator: grain.DatasetIterator
 ) -> Any:
     """The newest verified state with the data iterator set to it, or a fresh start."""
     restored = checkpoints.restore_latest(j.abstract_state)
@@ -154,7 +169,7 @@ class Loop:
         self,
         j: training_job.TrainingJob,
         workdir: Path,
-        checkpoints: RunCheckpoints,
+        checkpoints: run_dirs.Checkpoints,
         iterator: grain.DatasetIterator,
         state: Any,
     ):
@@ -331,14 +346,17 @@ def _domain(source: SourceConfig) -> str:
 
 
 def _finish(
-    j: training_job.TrainingJob, state: Any, workdir: Path, summary: dict[str, Any]
+    j: training_job.TrainingJob, state: Any, place: run_dirs.RunDir, summary: dict[str, Any]
 ) -> None:
     """Writes `final/`: what `flexolmo package` turns into an anchor or an expert slice."""
-    config = j.config
+    config, workdir = j.config, place.path
+    params = _final_params(j, state["params"])
+    if place.url is not None:  # Hosts share no folder: the first writes all of it, and sends it.
+        params = placed.fetch(params)
     package.write_final(
         workdir,
         stage=config.stage,
-        params=_final_params(j, state["params"]),
+        params=params,
         config=j.anchor.config if j.anchor else j.model,
         tokenizer_path=j.tokenizer,
         expert_id=config.expert_id,
@@ -353,6 +371,7 @@ def _finish(
     with distributed.together("writing the summary"):
         if distributed.first():
             (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            place.finish()
 
 
 def _final_params(j: training_job.TrainingJob, params: tree.Tree) -> tree.Tree:

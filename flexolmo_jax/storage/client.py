@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import json
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -73,7 +74,10 @@ def _open(scheme: str, bucket: str, _process: int, _environment: tuple[str | Non
     if scheme == "s3":
         return S3Store(bucket, **options)
     if endpoint:
-        return GCSStore(bucket, config={"base_url": endpoint, "skip_signature": True}, **options)
+        # An emulator asks for no credentials; this is how a key file says so.
+        key = {"gcs_base_url": endpoint, "disable_oauth": True}
+        key |= {"client_email": "", "private_key": "", "private_key_id": ""}
+        return GCSStore(bucket, config={"service_account_key": json.dumps(key)}, **options)
     return GCSStore(bucket, **options)
 
 
@@ -237,3 +241,22 @@ def delete(url: str, names: Collection[str]) -> None:
     store, key = _store(url)
     with _faults(url), contextlib.suppress(FileNotFoundError):
         store.delete([f"{key}/{name}" if key else name for name in names])
+
+
+def list_top(url: str) -> tuple[dict[str, Entry], list[str]]:
+    """Objects directly below `url`, and the names under which more lie."""
+    store, key = _store(url)
+    prefix = key + "/" if key else ""
+    with _faults(url):
+        found = store.list_with_delimiter(prefix or None)
+    objects = {
+        o["path"].removeprefix(prefix): Entry(o["size"], o["e_tag"]) for o in found["objects"]
+    }
+    return objects, [p.removeprefix(prefix).rstrip("/") for p in found["common_prefixes"]]
+
+
+def delete_all(url: str) -> None:
+    """Deletes every object below `url`."""
+    names = list(list_objects(url))
+    for start in range(0, len(names), 1000):
+        delete(url, names[start : start + 1000])
