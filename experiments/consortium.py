@@ -202,6 +202,8 @@ class Consortium:
     ) -> Job:
         bucket = owner.bucket if owner else self.home
         run = f"{bucket}/runs/{name}"
+        tuned = f"stitched.py:size={self.stitched}"
+        shape = tuned if name == "router" else f"anchor.py:size={self.size}"
         command = [*PROGRAM, "train", "--config", config, "--workdir", run]
         if where.topology and self.size != "tiny":
             rows = common.PAPER_BATCH["batch_rows"]
@@ -215,6 +217,7 @@ class Consortium:
             outputs=(f"{run}/final",),
             state=(run,),
             owner=owner.id if owner else "",
+            planned=("--model", f"experiments/{shape}"),
             resources=where.resources(
                 identity=owner.identity if owner else self.identity, bucket=bucket
             ),

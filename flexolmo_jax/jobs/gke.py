@@ -242,9 +242,10 @@ class Gke:
         pod: dict[str, Any] = {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": int(self._get(job, "grace_s")),
-            "nodeSelector": self._nodes(job),
             "containers": [self._container(job)],
         }
+        if self._nodes(job):
+            pod["nodeSelector"] = self._nodes(job)
         if account(job):
             pod["serviceAccountName"] = account(job)
         else:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `flexolmo launch` does for every back end: choose, check, show, run."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import ConfigError, nearest
-from flexolmo_jax.jobs import cost, gke, remote, settings, slices, slurm, stamps, tpu_vm
+from flexolmo_jax.jobs import cost, gke, remote, settings, slices, slurm, stamps, tools, tpu_vm
 from flexolmo_jax.jobs.plan import Job, Plan, order
 from flexolmo_jax.jobs.remote import Backend
 
@@ -102,29 +101,16 @@ def _lines(job: Job, backend: Backend, where: Path, report: Sequence[str]) -> li
     ]
     lines += _column("reads", job.inputs)
     lines += _column("writes", (*job.state, *job.outputs))
-    lines += _column("program", wrapped(job.command))
+    lines += _column("program", tools.wrapped(job.command))
     lines += _column("planned", report)
     handles = {need: f"<number of {need}>" for need in job.needs}
     for step in (*backend.steps(job, where, handles), *backend.by_hand(job)):
-        lines += _column(step.what, wrapped(step.command))
+        lines += _column(step.what, tools.wrapped(step.command))
     return lines
 
 
 def _column(name: str, texts: Sequence[str]) -> list[tuple[str, str]]:
     return [(name if i == 0 else "", text) for i, text in enumerate(texts)]
-
-
-def wrapped(command: Sequence[str], width: int = 86) -> list[str]:
-    """A command as lines that a shell reads as one, an option and its value on one line."""
-    lines = [""]
-    for i, word in enumerate(command):
-        text = shlex.quote(word)
-        opens = word.startswith("-") or (i > 0 and not command[i - 1].startswith("-"))
-        if lines[-1] and opens and len(lines[-1]) + len(text) > width // 2:
-            lines.append(f"  {text}")
-        else:
-            lines[-1] += f" {text}" if lines[-1] else text
-    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def _is_recorded(plan: Plan, backend: Backend, job: Job) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from flexolmo_jax.errors import ConfigError, MachineError
 from flexolmo_jax.jobs import stamps, tools
-from flexolmo_jax.jobs.plan import Job, Plan, file_stem, order
+from flexolmo_jax.jobs.plan import Job, Plan, file_stem
 
 # Kubernetes appends "-slice-0-0-" and five letters to the names of pods and takes 63 in all.
 MAX_NAME = 40
@@ -148,7 +148,7 @@ class Launch:
     """One run of a plan on one back end.
 
     Args:
-      selected: names of jobs to run; what others make is taken to be in the exchange.
+      jobs: those to run, in order; what others make is taken to be in the exchange.
       wait: stay until all is done; otherwise hand over what can be and return.
     """
 
@@ -156,8 +156,8 @@ class Launch:
         self,
         plan: Plan,
         backend: Backend,
+        jobs: list[Job],
         *,
-        selected: frozenset[str],
         wait: bool = True,
         poll_s: float = 30.0,
         report: Callable[[str], None] = print,
@@ -165,7 +165,7 @@ class Launch:
         self.plan, self.backend, self.wait = plan, backend, wait
         self.poll_s, self.say = poll_s, report
         self.folder = folder(plan, backend)
-        self.jobs = [j for j in order(plan) if j.name in selected]
+        self.jobs = jobs
         self.results: dict[str, RemoteResult] = {}
         self.records: dict[str, Record] = {}
         self.met: set[str] = set()
@@ -196,7 +196,9 @@ class Launch:
         """One look at one job, and the one step that follows from it."""
         digest = stamps.job_digest(job)
         record = self.records.setdefault(job.name, _read(self.folder, job))
-        if record.status == "done" and record.digest == digest:
+        if record.status in ("ended", "done") and record.digest == digest:
+            if record.status == "ended":
+                self._finish(job, record)
             return self._note(job, "skipped", "done before")
         needs = [n for n in job.needs if n in {j.name for j in self.jobs}]
         if any(self._status(n) in ("failed", "blocked") for n in needs):
@@ -279,12 +281,20 @@ class Launch:
             tools.call(step.command)
 
     def _end(self, job: Job, record: Record, digest: str, seen: Seen) -> None:
-        # Recorded first: what follows may take the only trace away.
-        self._keep(job, Record(digest, record.handle, seen.status))
         if seen.status == "failed":
             command = shlex.join(self.backend.log_command(job, record.handle))
             self.say(f"        {job.name}: its output: {command}")
+            self.backend.release(job, self.folder)
+            self._keep(job, Record(digest, record.handle, "failed"))
+            return
+        # Kept before the machines go, which are the only trace of it elsewhere.
+        ended = Record(digest, record.handle, "ended")
+        self._keep(job, ended)
+        self._finish(job, ended)
+
+    def _finish(self, job: Job, record: Record) -> None:
         self.backend.release(job, self.folder)
+        self._keep(job, dataclasses.replace(record, status="done"))
 
     def _block(self, job: Job, record: Record) -> None:
         """What waits for a failed job is taken out of the queue that it stands in."""

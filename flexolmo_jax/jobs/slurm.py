@@ -142,7 +142,7 @@ class Slurm:
 
     def script(self, job: Job) -> str:
         """The batch script: options, environment, one process per node, a way to save and go on."""
-        lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in self._options(job))]
+        lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in self._options(job))]
         lines += ["set -u", *self._environment(job)]
         words = shlex.join(job.command)
         if job.resources.processes > 1:

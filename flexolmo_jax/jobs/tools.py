@@ -62,3 +62,21 @@ def call(command: Sequence[str]) -> str:
     if done.returncode:
         raise ToolError(command, done.returncode, done.stderr.decode("utf-8", "replace"))
     return done.stdout.decode("utf-8", "replace")
+
+
+def wrapped(command: Sequence[str], width: int = 88) -> list[str]:
+    """A command as lines that a shell reads as one; an option and its value stay together."""
+    units: list[str] = []
+    for i, word in enumerate(command):
+        before = command[i - 1] if i else ""
+        if before.startswith("-") and "=" not in before and not word.startswith("-"):
+            units[-1] += f" {shlex.quote(word)}"
+        else:
+            units.append(shlex.quote(word))
+    lines = [units[0]]
+    for unit in units[1:]:
+        if len(lines[-1]) + len(unit) > width:
+            lines.append(f"  {unit}")
+        else:
+            lines[-1] += f" {unit}"
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]

@@ -107,14 +107,15 @@ class TpuVm:
     def files(self, job: Job) -> dict[str, str]:
         """A script of the same commands, to read or to run by hand."""
         name = resource_name(self.plan, job)
-        steps = [*self.steps(job, Path(), {}), *self.by_hand(job), *self.removal(job, "")]
-        lines = ["#!/usr/bin/env bash", f"# {self.plan.name}: {job.name}", "set -eu"]
+        steps = [*self.steps(job, Path(), {}), *self._later(job), *self.removal(job, "")]
+        lines = ["#!/bin/bash", f"# {self.plan.name}: {job.name}", "set -eu"]
         lines.append('case "${1:-}" in')
         verbs: dict[str, list[Step]] = {}
         for step in steps:
             verbs.setdefault(step.what, []).append(step)
         for verb, same in verbs.items():
-            lines += [f"{verb})", *("  " + shlex.join(s.command) for s in same), "  ;;"]
+            commands = [f"  {line}" for s in same for line in tools.wrapped(s.command)]
+            lines += [f"{verb})", *commands, "  ;;"]
         lines += [f'*) echo "usage: $0 {"|".join(verbs)}" >&2; exit 2 ;;', "esac"]
         return {f"{name}.sh": "\n".join(lines) + "\n"}
 
@@ -140,6 +141,10 @@ class TpuVm:
         return [Step("create", self._queued(job, "create", *options, "--async"))]
 
     def by_hand(self, job: Job) -> list[Step]:
+        """Nothing more: the job's script has all commands that follow."""
+        return []
+
+    def _later(self, job: Job) -> list[Step]:
         """What follows `create`: look, and start the container on every host."""
         steps = [Step("describe", self._queued(job, "describe", "--format=json"))]
         for what, remote in (("start", self.remote_start(job)), ("state", REMOTE_STATE)):
@@ -197,7 +202,7 @@ class TpuVm:
         try:
             text = tools.call(self._queued(job, "describe", "--format=json"))
         except tools.ToolError as error:
-            if "NOT_FOUND" in error.text or "not found" in error.text.lower():
+            if _is_gone(error):
                 return Seen("absent")
             raise
         try:
@@ -228,11 +233,18 @@ class TpuVm:
     def release(self, job: Job, folder: Path) -> None:
         """Keeps the end of the logs and gives the machines back, since they cost until then."""
         for node in self._nodes(job):
-            text = tools.call(self._ssh(job, node, f"sudo docker logs --tail 200 {CONTAINER} 2>&1"))
+            try:
+                text = tools.call(self._ssh(job, node, REMOTE_LOG))
+            except MachineError as error:
+                text = f"the log of {node} could not be read: {error}\n"
             with (folder / f"{file_stem(job.name)}.log").open("a", encoding="utf-8") as log:
                 log.write(text)
-        for step in self.removal(job, ""):
-            tools.call(step.command)
+        try:
+            for step in self.removal(job, ""):
+                tools.call(step.command)
+        except tools.ToolError as error:
+            if not _is_gone(error):
+                raise
 
     def removal(self, job: Job, handle: str) -> list[Step]:
         """Deletes the request and its machines."""
@@ -248,6 +260,14 @@ REMOTE_STATE = (
     f"sudo docker inspect --format='{MARK} {{{{.State.Status}}}} {{{{.State.ExitCode}}}}' "
     f"{CONTAINER} 2>/dev/null || echo {MARK} absent 0"
 )
+
+
+REMOTE_LOG = f"sudo docker logs --tail 200 {CONTAINER} 2>&1"
+
+
+def _is_gone(error: tools.ToolError) -> bool:
+    """Whether gcloud says that there is no such queued resource."""
+    return "NOT_FOUND" in error.text or "not found" in error.text.lower()
 
 
 def label(digest: str) -> str:
