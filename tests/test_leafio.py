@@ -133,23 +133,6 @@ def test_boxes_are_what_slicing_gives(tmp_path, monkeypatch, block):
             assert np.array_equal(out, want)
 
 
-def test_each_distinct_shard_is_read_once():
-    mesh = jax.make_mesh((2, 4), ("expert", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    whole = normal(4, 8)
-    for spec, reads in ((P("expert", "data"), 8), (P(None, "data"), 4), (P(), 1), (P("expert"), 2)):
-        seen = []
-
-        def read(region, seen=seen):
-            seen.append(region)
-            return whole[tuple(slice(*bounds) for bounds in region)]
-
-        sharding = jax.sharding.NamedSharding(mesh, spec)
-        array = leafio.place(whole.shape, sharding, read)
-        assert len(seen) == len(set(seen)) == reads
-        assert array.sharding == sharding and np.array_equal(array, whole)
-    assert leafio.place(whole.shape, None, lambda region: whole) is whole
-
-
 def test_writing_holds_a_few_blocks(tmp_path):
     rows, width = 64, 1 << 18
 

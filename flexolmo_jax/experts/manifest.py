@@ -6,6 +6,7 @@ it says: no changed bit, twice-written key or unknown field goes through. (A sig
 wrote it; the digest only says that it is whole.)
 """
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from flexolmo_jax.files import PART, write_text
 
 NAME = "flexolmo.json"
 SCHEMA = 1
+# Of a model with links; a program that knows none must not take it for a whole one.
+LINKED_SCHEMA = 2
 MAX_BYTES = 16 << 20
 MAX_DEPTH = 16
 DTYPES = {"float32": 4, "bfloat16": 2}
@@ -34,6 +37,9 @@ SLICE_KEYS = ("kind", "schema", "digest", "expert", "anchor_digest", "architectu
 SLICE_KEYS += ("tokenizer_digest", "leaves", "files", "data_card", "training", "recipe")
 MODEL_KEYS = ("kind", "schema", "digest", "model", "tokenizer_digest", "slots", "shared", "files")
 MODEL_KEYS += ("training", "anchor_digest", "model_digest")
+# Names in the links of a model: its shared weights, and the slice of an expert.
+SHARED_LINK, EXPERT_LINK = "shared", "experts/"
+MAX_LINK = 4096
 
 
 def is_leftover(name: str) -> bool:
@@ -136,9 +142,13 @@ def check(value: Any, path: str, kind: str | None = None) -> list[Problem]:
         return [_bad(path, 'not an object with "kind" "slice" or "model"')]
     if kind and value["kind"] != kind:
         return [_bad(path, f"a {value['kind']}, where a {kind} is needed")]
-    if value.get("schema") != SCHEMA or isinstance(value.get("schema"), bool):
-        return [_bad(path, f"schema {value.get('schema')!r}; this version reads {SCHEMA}")]
+    schemas = (SCHEMA,) if value["kind"] == "slice" else (SCHEMA, LINKED_SCHEMA)
+    if value.get("schema") not in schemas or isinstance(value.get("schema"), bool):
+        known = " and ".join(map(str, schemas))
+        return [_bad(path, f"schema {value.get('schema')!r}; this version reads {known}")]
     keys = SLICE_KEYS if value["kind"] == "slice" else MODEL_KEYS
+    if value["schema"] == LINKED_SCHEMA:
+        keys += ("links",)
     wrong = [f"no key {k!r}" for k in keys if k not in value]
     wrong += [f"unknown key {k!r}" for k in sorted(set(value) - set(keys))]
     if wrong:
@@ -273,6 +283,8 @@ def _check_model(value: dict[str, Any], path: str) -> list[Problem]:
         return [*out, _bad(path, config)]
     out += _check_slots(value["slots"], config, path)
     if not out:
+        out += _check_links(value, path)
+    if not out:
         expected = model_digest(value["anchor_digest"], config, value["slots"])
         if expected != value["model_digest"]:
             out.append(_bad(path, "model_digest does not match anchor, config and slots"))
@@ -315,6 +327,32 @@ def _check_slots(slots: Any, config: ModelConfig, path: str) -> list[Problem]:
     if slots[0] != {**slots[0], "slot": 0, "expert": PUBLIC} or PUBLIC in ids[1:]:
         out.append(_bad(path, "slot 0, and only it, must hold the public expert"))
     return out
+
+
+def _check_links(value: Mapping[str, Any], path: str) -> list[Problem]:
+    """Parts of a model that lie elsewhere: a relative path each."""
+    links = value.get("links")
+    if value["schema"] == SCHEMA:
+        return []
+    if not isinstance(links, dict) or not links:
+        return [_bad(path, "links is not a filled object")]
+    parts = {SHARED_LINK, *(EXPERT_LINK + row["expert"] for row in value["slots"])}
+    out = []
+    for name, target in links.items():
+        if name not in parts:
+            out.append(_bad(path, f"links {name!r}, which is no part of the model"))
+        if not (isinstance(target, str) and is_link(target)):
+            message = f"the link of {name!r} is no relative path that leads out of the model"
+            out.append(Problem("bad-path", path, "", message))
+    return out
+
+
+def is_link(target: str) -> bool:
+    """A relative path with forward slashes: first up by "..", then down by plain names."""
+    parts = target.split("/")
+    down = list(itertools.dropwhile(lambda part: part == "..", parts))
+    plain = all(part.strip(". ") and part.isprintable() and "\\" not in part for part in down)
+    return len(target) <= MAX_LINK and parts[0] == ".." and bool(down) and plain
 
 
 def anchor_digest(

@@ -5,10 +5,10 @@ An anchor is a model of which only slot 0, the public expert, is filled.
 """
 
 import dataclasses
-import functools
+import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from flexolmo_jax import checkpoint, model
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError, nearest
-from flexolmo_jax.experts import leafio, remote
+from flexolmo_jax.experts import leafio, loading, onepass, remote
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import atomic_directory, check_files, hash_files, require_space
@@ -27,7 +27,6 @@ from flexolmo_jax.files import atomic_directory, check_files, hash_files, requir
 EXPERTS, SHARED, TOKENIZER = "experts", "shared", "tokenizer.json"
 # What other programs want beside tokenizer.json; kept and digested, read by none of ours.
 COMPANIONS = "tokenizer"
-ShardingFn = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +55,26 @@ class ModelInfo:
         return self.path / TOKENIZER
 
     @property
+    def links(self) -> dict[str, str]:
+        """Part ("shared" or "experts/<id>") to where it lies from here; empty for a whole model."""
+        return self.content.get("links", {})
+
+    @property
+    def shared_path(self) -> Path:
+        """The saved tree of the shared weights."""
+        return self.part_path(manifests.SHARED_LINK)
+
+    def part_path(self, name: str) -> Path:
+        """Where a part ("shared" or "experts/<id>") lies."""
+        if name not in self.links:
+            return self.path / name
+        # Only leading ".." can be there: without links above, they are what the text says.
+        return Path(os.path.normpath(self.path.resolve() / self.links[name]))
+
+    @property
     def companions(self) -> dict[str, Path]:
         """Name to path of the tokenizer files for other programs."""
-        names = [n for n in self.content["files"] if n.startswith(COMPANIONS + "/")]
-        return {n.removeprefix(COMPANIONS + "/"): self.path / n for n in names}
+        return {name: self.path / COMPANIONS / name for name in _inside(self, COMPANIONS)}
 
     @property
     def is_anchor(self) -> bool:
@@ -79,7 +94,7 @@ class ModelInfo:
                 where=self.path,
                 fix=nearest(expert, self.slots),
             )
-        return self.path / EXPERTS / expert
+        return self.part_path(manifests.EXPERT_LINK + expert)
 
 
 def expected_shared(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -217,15 +232,20 @@ def write_info(
     files: Mapping[str, str],
     training: Mapping[str, Any],
     anchor_digest: str,
+    links: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Checks and writes a model's flexolmo.json, the last file of a model directory.
+
+    Args:
+      links: parts that lie elsewhere, relative to `folder`; they change no other digest than the
+        file's own.
 
     Raises:
       RefusedError: a field that `read_info` would refuse.
     """
     content = {
         "kind": "model",
-        "schema": manifests.SCHEMA,
+        "schema": manifests.LINKED_SCHEMA if links else manifests.SCHEMA,
         "model": config.to_json(),
         "tokenizer_digest": files[TOKENIZER],
         "slots": slots,
@@ -235,6 +255,8 @@ def write_info(
         "anchor_digest": anchor_digest,
         "model_digest": manifests.model_digest(anchor_digest, config, slots),
     }
+    if links:
+        content["links"] = dict(links)
     problems = manifests.check(manifests.seal(content), str(folder), "model")
     if problems:
         raise RefusedError("The model cannot be written", problems)
@@ -288,7 +310,7 @@ def member_info(info: ModelInfo, expert: str) -> tuple[slices.SliceInfo | None, 
     """The manifest of one expert of a model, checked against the model's slot table."""
     piece, problems = slices.read_slice_info(info.expert_path(expert))
     if piece is None:
-        return None, problems
+        return None, problems + link_problems(info, manifests.EXPERT_LINK + expert)
     where = str(piece.path / manifests.NAME)
     if piece.digest != info.manifest_digests[expert]:
         message = "the manifest is not the one that the model's slot table names"
@@ -297,6 +319,16 @@ def member_info(info: ModelInfo, expert: str) -> tuple[slices.SliceInfo | None, 
         message = f"the manifest is of expert {piece.expert!r}, its folder is {expert!r}"
         problems.append(Problem("bad-id", where, "", message))
     return piece, problems + belongs_problems(info, piece)
+
+
+def link_problems(info: ModelInfo, part: str) -> list[Problem]:
+    """Whether a part that lies elsewhere is still there."""
+    path = info.part_path(part)
+    if part not in info.links or path.is_dir():
+        return []
+    message = f"{info.path} links its {part} to {info.links[part]}, and nothing is there any more; "
+    message += "bring it back, or stitch again from where it is now"
+    return [Problem("link-broken", str(path), "", message)]
 
 
 def belongs_problems(info: ModelInfo, piece: slices.SliceInfo) -> list[Problem]:
@@ -322,25 +354,12 @@ def belongs_problems(info: ModelInfo, piece: slices.SliceInfo) -> list[Problem]:
     return out
 
 
-def dtype_problems(pieces: Collection[slices.SliceInfo]) -> list[Problem]:
-    """Slices of one model are stacked without a cast, so each must have the first one's dtypes."""
-    first, *rest = pieces
+def shared_file_problems(info: ModelInfo) -> list[Problem]:
+    """Names of the model's files outside experts/ against their list; enters no expert's folder."""
     out = []
-    for piece in rest:
-        for name, entry in piece.manifest["leaves"].items():
-            want = first.manifest["leaves"].get(name, entry)["dtype"]
-            if entry["dtype"] != want:
-                message = f"dtype {entry['dtype']}, but {first.expert!r} has {want}"
-                where = str(piece.path / manifests.NAME)
-                out.append(Problem("leaf-dtype", where, name, message))
-    return out
-
-
-def shared_file_problems(info: ModelInfo, *, content: bool) -> list[Problem]:
-    """Files of the model outside experts/ against their list; enters no expert's folder."""
-    out = []
-    known = {EXPERTS, SHARED, TOKENIZER, manifests.NAME}
-    companions = {name: info.content["files"][f"{COMPANIONS}/{name}"] for name in info.companions}
+    here = {SHARED} - set(info.links)
+    known = {EXPERTS, TOKENIZER, manifests.NAME, *here}
+    companions = _inside(info, COMPANIONS)
     if companions:
         known.add(COMPANIONS)
     for entry in sorted(info.path.iterdir()):
@@ -351,29 +370,52 @@ def shared_file_problems(info: ModelInfo, *, content: bool) -> list[Problem]:
             code = "leftover-state" if leftover else "file-extra"
             out.append(Problem(code, str(entry), "", "there, but not listed"))
     folder = info.path / EXPERTS
+    mine = {expert for expert in info.slots if manifests.EXPERT_LINK + expert not in info.links}
     for name in sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ():
-        if name not in info.slots:
-            out.append(Problem("file-extra", str(folder / name), "", "not in the slot table"))
+        if name not in mine:
+            message = (
+                "its slot is linked elsewhere" if name in info.slots else "not in the slot table"
+            )
+            out.append(Problem("file-extra", str(folder / name), "", message))
+    out += link_problems(info, manifests.SHARED_LINK)
     if out:
         return out
-    files = info.content["files"].items()
-    inside = {n.removeprefix(SHARED + "/"): d for n, d in files if n.startswith(SHARED + "/")}
-    out = slices.tree_problems(info.path / SHARED, info.content["shared"], inside, content)
+    out = slices.tree_problems(info.shared_path, info.content["shared"], _inside(info, SHARED))
     if companions:
         folder = info.path / COMPANIONS
-        found = check_files(folder, companions, content=content)
+        found = check_files(folder, companions, content=False)
         out += [dataclasses.replace(p, path=f"{folder}/{p.path}") for p in found]
     if not info.tokenizer_path.is_file():
         out.append(Problem("file-missing", str(info.tokenizer_path), "", "listed, but not there"))
-    elif content and trees.file_digest(info.tokenizer_path) != info.tokenizer_digest:
-        message = "content is not what the model lists"
-        out.append(Problem("file-digest", str(info.tokenizer_path), "", message))
     return out
 
 
-def shared_content_problems(info: ModelInfo, folder: Path) -> list[Problem]:
-    """Digest and finiteness of the shared leaves in `folder`, one leaf at a time."""
-    return slices.table_problems(folder, info.content["shared"], str(info.path / SHARED))
+def own_items(info: ModelInfo) -> list[onepass.Item]:
+    """Tokenizer files and shared weights, for a pass that reads them."""
+    return text_items(info) + shared_items(info)
+
+
+def text_items(info: ModelInfo, target: Path | None = None) -> list[onepass.Item]:
+    """The tokenizer and its companions, for a pass.
+
+    Args:
+      target: folder of the model to copy them to; None only reads.
+    """
+    files = {n: d for n, d in info.content["files"].items() if not n.startswith(SHARED + "/")}
+    return slices.tree_items(info.path, files, "", {}, "", target)
+
+
+def shared_items(info: ModelInfo, target: Path | None = None) -> list[onepass.Item]:
+    """The shared weights, for a pass; `target` as in `text_items`."""
+    folder, to = info.shared_path, None if target is None else target / SHARED
+    files = _inside(info, SHARED)
+    return slices.tree_items(folder, files, "", info.content["shared"], str(folder), to)
+
+
+def _inside(info: ModelInfo, folder: str) -> dict[str, str]:
+    """Listed files below a folder of the model: path there to digest."""
+    files = info.content["files"].items()
+    return {n.removeprefix(folder + "/"): d for n, d in files if n.startswith(folder + "/")}
 
 
 def anchor_problems(info: ModelInfo, public: slices.SliceInfo) -> list[Problem]:
@@ -392,7 +434,8 @@ def load_model(
     *,
     experts: Collection[str] | None = None,
     verify: bool = True,
-    sharding_fn: ShardingFn | None = None,
+    sharding_fn: loading.ShardingFn | None = None,
+    together: bool = False,
 ) -> tuple[ModelInfo, trees.Tree, tuple[str, ...]]:
     """Loads shared weights and some experts; opens no file of any other expert.
 
@@ -401,6 +444,8 @@ def load_model(
       verify: check every byte and every value that is loaded against its digest.
       sharding_fn: (leaf name such as "experts/w_gate", shape) to the sharding of the array that is
         made; None, as an argument or a result, leaves a numpy array.
+      together: every process of the run makes this call; each checks a part of the bytes instead
+        of all of them, and all refuse what one of them finds.
 
     Returns:
       info, {"shared", "experts" [L, E, ...]}, and the ids that were opened, in slot order.
@@ -413,71 +458,42 @@ def load_model(
     for expert in experts or ():
         info.expert_path(expert)
     opened = tuple(e for e in info.slots if experts is None or e in experts)
-    pieces, problems = [], shared_file_problems(info, content=verify)
+    pieces, problems = [], shared_file_problems(info)
     for expert in opened:
         piece, found = member_info(info, expert)
         problems += found
         if piece is not None:
             pieces.append(piece)
-            problems += slices.listing_problems(piece, content=verify)
+            problems += slices.listing_problems(piece)
     if not problems and pieces:
-        problems += dtype_problems(pieces)
+        problems += slices.dtype_problems(pieces)
         if pieces[0].expert == manifests.PUBLIC:
             problems += anchor_problems(info, pieces[0])
     if problems:
         raise RefusedError(f"{path} cannot be loaded", problems)
-    place = sharding_fn or (lambda _name, _shape: None)
-    params = {
-        "shared": _load_shared(info, verify, place),
-        "experts": _load_group(info, pieces, verify, place),
-    }
-    return info, params, opened
+    items = own_items(info) if verify else []
+    for piece in pieces if verify else ():
+        items += slices.items(piece)
+    found = loading.load(_sources(info, pieces), sharding_fn, items, together=together)
+    if found.problems:
+        raise RefusedError(f"{path} cannot be loaded", found.problems)
+    return info, trees.unflatten(found.arrays), opened
 
 
-def _load_shared(info: ModelInfo, verify: bool, place: ShardingFn) -> trees.Tree:
-    out, folder = {}, info.path / SHARED
-    for name, entry in info.content["shared"].items():
-        if verify:
-            _require(str(folder), name, leafio.stored(folder, name, entry), entry["digest"])
-        read = functools.partial(leafio.read_region, folder, name, entry)
-        shape = tuple(entry["shape"])
-        out[name] = leafio.place(shape, place(f"shared/{name}", shape), read)
-    return trees.unflatten(out)
-
-
-def _load_group(
-    info: ModelInfo, pieces: list[slices.SliceInfo], verify: bool, place: ShardingFn
-) -> trees.Tree:
+def _sources(info: ModelInfo, pieces: list[slices.SliceInfo]) -> dict[str, loading.Source]:
+    """Leaf name in a model's parameters to the leaves on disk that it is made from."""
     out = {}
+    for name, entry in info.content["shared"].items():
+        shape, dtype = tuple(entry["shape"]), np.dtype(entry["dtype"])
+        part = loading.Part(info.shared_path, name, entry)
+        out[f"shared/{name}"] = loading.Source(shape, dtype, (part,))
     for name, like in slices.expected_slice(info.config).items():
-        for piece in pieces if verify else ():
-            entry = piece.manifest["leaves"][name]
-            leaf = leafio.stored(piece.path / slices.PARAMS, name, entry)
-            _require(str(piece.path), name, leaf, entry["digest"])
+        table = {piece.expert: piece.manifest["leaves"][name] for piece in pieces}
+        parts = tuple(
+            loading.Part(p.path / slices.PARAMS, name, table[p.expert], info.slots[p.expert])
+            for p in pieces
+        )
+        dtype = np.dtype(parts[0].entry["dtype"] if parts else "float32")
         shape = (like.shape[0], info.config.n_slots, *like.shape[1:])
-        read = functools.partial(_read_stacked, info, pieces, name)
-        out[name] = leafio.place(shape, place(f"experts/{name}", shape), read)
-    return trees.unflatten(out)
-
-
-def _read_stacked(
-    info: ModelInfo, pieces: list[slices.SliceInfo], name: str, region: leafio.Region
-) -> np.ndarray:
-    """A box of a leaf of the group; slots that were not opened are zeros."""
-    (top, bottom), (first, last), *inner = region
-    dtype = pieces[0].manifest["leaves"][name]["dtype"] if pieces else "float32"
-    inside = [stop - start for start, stop in inner]
-    out = np.zeros((bottom - top, last - first, *inside), np.dtype(dtype))
-    for piece in pieces:
-        slot = info.slots[piece.expert]
-        if first <= slot < last:
-            folder, entry = piece.path / slices.PARAMS, piece.manifest["leaves"][name]
-            box = ((top, bottom), *inner)
-            leafio.read_region(folder, name, entry, box, out=out[:, slot - first])
+        out[f"experts/{name}"] = loading.Source(shape, dtype, parts)
     return out
-
-
-def _require(path: str, name: str, leaf: leafio.Leaf, digest: str) -> None:
-    problems = slices.content_problems(path, name, leaf, digest)
-    if problems:
-        raise RefusedError("A leaf cannot be loaded", problems)

@@ -4,7 +4,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from flexolmo_jax import checkpoint, model
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import CheckpointError, Problem, RefusedError
-from flexolmo_jax.experts import leafio, remote
+from flexolmo_jax.experts import leafio, onepass, remote
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.files import atomic_directory, check_files, list_files
 
@@ -173,8 +173,22 @@ def read_slice_info(path: str | Path) -> tuple[SliceInfo | None, list[Problem]]:
     return SliceInfo(path, value, manifests.manifest_digest(value)), []
 
 
-def listing_problems(info: SliceInfo, *, content: bool) -> list[Problem]:
-    """Files of a slice against its manifest, then their layout; `content` False reads no array."""
+def dtype_problems(pieces: Collection[SliceInfo]) -> list[Problem]:
+    """Slices of one model are stacked without a cast, so each must have the first one's dtypes."""
+    first, *rest = pieces
+    out = []
+    for piece in rest:
+        for name, entry in piece.manifest["leaves"].items():
+            want = first.manifest["leaves"].get(name, entry)["dtype"]
+            if entry["dtype"] != want:
+                message = f"dtype {entry['dtype']}, but {first.expert!r} has {want}"
+                where = str(piece.path / manifests.NAME)
+                out.append(Problem("leaf-dtype", where, name, message))
+    return out
+
+
+def listing_problems(info: SliceInfo) -> list[Problem]:
+    """Files of a slice against its manifest, then their layout; reads no array."""
     out = []
     for p in check_files(info.path, info.manifest["files"], ignore=[manifests.NAME], content=False):
         leftover = p.code == "file-extra" and manifests.is_leftover(p.path)
@@ -183,17 +197,16 @@ def listing_problems(info: SliceInfo, *, content: bool) -> list[Problem]:
     listed = {
         name.removeprefix(PARAMS + "/"): digest for name, digest in info.manifest["files"].items()
     }
-    return out or tree_problems(info.path / PARAMS, info.manifest["leaves"], listed, content)
+    return out or tree_problems(info.path / PARAMS, info.manifest["leaves"], listed)
 
 
 def tree_problems(
-    folder: Path, table: Mapping[str, Mapping[str, Any]], files: Mapping[str, str], content: bool
+    folder: Path, table: Mapping[str, Mapping[str, Any]], files: Mapping[str, str]
 ) -> list[Problem]:
-    """A saved tree: names and sizes, then with `content` each file's digest, then the metadata."""
-    # Sizes first: hashing a file of terabytes is an attack of its own.
+    """A saved tree: names and sizes, then what the metadata says; reads no array."""
     out = layout_problems(folder, table)
     if not out:
-        out = check_files(folder, files, content=content)
+        out = check_files(folder, files, content=False)
         out = [dataclasses.replace(p, path=f"{folder}/{p.path}") for p in out]
     return out or _metadata_problems(folder, table)
 
@@ -249,29 +262,42 @@ def _metadata_problems(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> 
     return out
 
 
-def leaf_content_problems(info: SliceInfo) -> list[Problem]:
-    """Digest and finiteness of every leaf; holds one block at a time."""
-    return table_problems(info.path / PARAMS, info.manifest["leaves"], str(info.path))
+def items(info: SliceInfo, target: Path | None = None) -> list[onepass.Item]:
+    """Every file of a slice but its manifest, for a pass.
+
+    Args:
+      target: folder to copy the slice to; None only reads.
+    """
+    return tree_items(
+        info.path,
+        info.manifest["files"],
+        f"{PARAMS}/",
+        info.manifest["leaves"],
+        str(info.path),
+        target,
+    )
 
 
-def table_problems(
-    folder: Path, table: Mapping[str, Mapping[str, Any]], where: str
-) -> list[Problem]:
-    """Digest and finiteness of every leaf of a saved tree; holds one block at a time."""
+def tree_items(
+    folder: Path,
+    files: Mapping[str, str],
+    tree: str,
+    table: Mapping[str, Mapping[str, Any]],
+    where: str,
+    target: Path | None = None,
+) -> list[onepass.Item]:
+    """Files for a pass, those that hold leaves named as such.
+
+    Args:
+      files: path in `folder` to digest.
+      tree: how the paths of those files begin that are a saved tree of the leaves in `table`.
+    """
+    leaves = {f"{tree}{leafio.leaf_file(n, e['shape'])}": (n, e) for n, e in table.items()}
     out = []
-    for name, entry in table.items():
-        out += content_problems(where, name, leafio.stored(folder, name, entry), entry["digest"])
-    return out
-
-
-def content_problems(path: str, name: str, leaf: leafio.Leaf, digest: str) -> list[Problem]:
-    """Whether one leaf is what its table says, and finite."""
-    out = []
-    got, finite = leafio.scan(leaf)
-    if got != digest:
-        out.append(Problem("leaf-digest", path, name, f"values have {got}, listed {digest}"))
-    if not finite:
-        out.append(Problem("not-finite", path, name, "holds NaN or infinity"))
+    for name, digest in files.items():
+        leaf, entry = leaves.get(name, ("", {}))
+        to = None if target is None else target / name
+        out.append(onepass.Item(folder / name, digest, leaf, entry, where, to))
     return out
 
 
@@ -283,14 +309,11 @@ def read_slice(path: str | Path, *, verify: bool = True) -> tuple[SliceInfo, tre
     """
     info, problems = read_slice_info(path)
     if info is not None:
-        problems = listing_problems(info, content=verify)
+        problems = listing_problems(info)
+    if info is not None and verify and not problems:
+        problems = onepass.judge(items(info)).problems
     if info is None or problems:
         raise RefusedError("The slice cannot be used", problems)
     table = info.manifest["leaves"]
     leaves = {n: leafio.read_leaf(info.path / PARAMS, n, entry) for n, entry in table.items()}
-    if verify:
-        for name, leaf in leafio.leaves_of(leaves).items():
-            problems += content_problems(str(info.path), name, leaf, table[name]["digest"])
-    if problems:
-        raise RefusedError("The slice cannot be used", problems)
     return info, trees.unflatten(leaves)

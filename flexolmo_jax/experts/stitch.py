@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stitch: one model from an anchor and slices, without training and without rewriting a byte.
 
-`plan` reads JSON and lists folders; `execute` copies and checks every byte, and writes the model's
-flexolmo.json last. The order in which slices are given has no effect.
+`plan` reads JSON and lists folders; `execute` checks every byte on its only way through memory,
+copies it or links to it, and writes the model's flexolmo.json last. The order in which slices are
+given has no effect, and neither have links on the model's digest.
 """
 
 import dataclasses
+import os
 import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +17,10 @@ from typing import Any
 from flexolmo_jax.config import ModelConfig, RouterConfig, from_dict
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError
 from flexolmo_jax.experts import manifest as manifests
-from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import model_dir, onepass
 from flexolmo_jax.experts import slice as slices
-from flexolmo_jax.files import atomic_directory, copy_listed, list_files
+from flexolmo_jax.files import atomic_directory, list_files, require_space
+from flexolmo_jax.storage import cache
 
 DEFAULT_ACTIVE = 2
 
@@ -100,7 +103,7 @@ def plan(
             pieces.append(piece)
         problems += found
     problems += _together_problems(base, pieces, like_info)
-    problems += model_dir.dtype_problems([public, *pieces])
+    problems += slices.dtype_problems([public, *pieces])
     capacity = like_info.config.n_slots if like_info else slots or len(pieces) + 1
     taken, found = _assign(pieces, capacity, like_info.slots if like_info else {})
     problems += found
@@ -126,9 +129,9 @@ def _read_anchor(path: str | Path) -> tuple[model_dir.ModelInfo, slices.SliceInf
             fix=f"name the anchor, and the slices in {base.path / model_dir.EXPERTS} one by one",
         )
     public, problems = model_dir.member_info(base, manifests.PUBLIC)
-    problems = problems + model_dir.shared_file_problems(base, content=False)
+    problems = problems + model_dir.shared_file_problems(base)
     if public is not None:
-        problems += slices.listing_problems(public, content=False)
+        problems += slices.listing_problems(public)
         problems += model_dir.anchor_problems(base, public)
     if public is None or problems:
         raise RefusedError(f"{path} is not an anchor that can be used", problems)
@@ -137,7 +140,7 @@ def _read_anchor(path: str | Path) -> tuple[model_dir.ModelInfo, slices.SliceInf
 
 def _slice_problems(base: model_dir.ModelInfo, piece: slices.SliceInfo) -> list[Problem]:
     out = model_dir.belongs_problems(base, piece)
-    out += slices.listing_problems(piece, content=False)
+    out += slices.listing_problems(piece)
     if piece.expert == manifests.PUBLIC:
         message = "the public expert comes with the anchor and cannot be given as a slice"
         out.append(Problem("bad-id", str(piece.path), "", message))
@@ -199,30 +202,44 @@ def _assign(
     return {**taken, **dict(zip(free, new, strict=False))}, out
 
 
-def execute(stitch_plan: StitchPlan, out: str | Path) -> dict[str, Any]:
-    """Copies anchor and slices into a new model directory, checking every byte and value.
+def execute(
+    stitch_plan: StitchPlan,
+    out: str | Path,
+    *,
+    link: bool = False,
+    note: onepass.Note | None = None,
+) -> dict[str, Any]:
+    """Checks every byte and value of anchor and slices, once, and writes a new model directory.
+
+    Args:
+      link: copy no weights: the model names where they lie, relative to `out`.
+      note: called now and then with the bytes that are done and the bytes there are.
 
     Returns:
-      slots, model_digest, anchor_digest, bytes_copied and peak_host_gib.
+      slots, model_digest, anchor_digest, links, bytes_copied, bytes_checked and peak_host_gib.
 
     Raises:
       RefusedError: every file and leaf that is not what its manifest says; nothing is left behind.
+      ConfigError: links to what does not lie in a directory of its own on this machine.
+      MachineError: the disk has too little room.
     """
     out, anchor = Path(out), stitch_plan.anchor
-    problems: list[Problem] = []
+    links = _links(stitch_plan, out) if link else {}
     with atomic_directory(out) as work:
-        copied = copy_listed(anchor.path, work, anchor.content["files"], problems)
-        pieces = list(stitch_plan.pieces.values())
-        for piece in pieces:
-            copied += copy_slice(piece, work / model_dir.EXPERTS / piece.expert, problems)
-        if not problems:
-            problems += model_dir.shared_content_problems(anchor, work / model_dir.SHARED)
-            for piece in pieces:
-                here = work / model_dir.EXPERTS / piece.expert
-                found = slices.leaf_content_problems(dataclasses.replace(piece, path=here))
-                problems += [dataclasses.replace(p, path=str(piece.path)) for p in found]
-        if problems:
-            raise RefusedError("The slices cannot be stitched", problems)
+        items = model_dir.text_items(anchor, work)
+        items += model_dir.shared_items(anchor, None if link else work)
+        for piece in stitch_plan.pieces.values():
+            folder = work / model_dir.EXPERTS / piece.expert
+            items += slices.items(piece, None if link else folder)
+        size = sum(item.nbytes or 0 for item in items)
+        if not link:
+            require_space(out, size)
+        judged = onepass.judge(items, note)
+        if judged.problems:
+            raise RefusedError("The slices cannot be stitched", judged.problems)
+        copied = sum(item.target.stat().st_size for item in items if item.target is not None)
+        for piece in () if link else stitch_plan.pieces.values():
+            copied += _write_manifest(piece, work / model_dir.EXPERTS / piece.expert)
         model_dir.write_info(
             work,
             config=stitch_plan.config,
@@ -231,49 +248,96 @@ def execute(stitch_plan: StitchPlan, out: str | Path) -> dict[str, Any]:
             files=anchor.content["files"],
             training=anchor.training,
             anchor_digest=anchor.anchor_digest,
+            links=links,
         )
     return {
         "slots": stitch_plan.slots,
         "model_digest": stitch_plan.model_digest,
         "anchor_digest": anchor.anchor_digest,
+        "links": links,
         "bytes_copied": copied,
+        "bytes_checked": judged.size,
         "peak_host_gib": peak_host_gib(),
     }
 
 
-def copy_slice(piece: slices.SliceInfo, target: Path, problems: list[Problem]) -> int:
-    """Copies a slice directory byte for byte; returns the bytes, adds to the problems."""
-    size = copy_listed(piece.path, target, piece.manifest["files"], problems)
-    # The manifest is written from what was validated: equal bytes, as only one rendering is valid.
-    text = manifests.render(piece.manifest)
-    (target / manifests.NAME).write_bytes(text.encode())
-    return size + len(text.encode())
+def _links(stitch_plan: StitchPlan, out: Path) -> dict[str, str]:
+    """Part of the model to where it lies, as a path relative to the model's directory."""
+    # Physical paths, as a relative path goes up through directories and not through links.
+    home = out.parent.resolve() / out.name
+    parts = {manifests.SHARED_LINK: stitch_plan.anchor.shared_path}
+    for piece in stitch_plan.pieces.values():
+        parts[manifests.EXPERT_LINK + piece.expert] = piece.path
+    links = {}
+    for name, path in parts.items():
+        link = os.path.relpath(path.resolve(), home)
+        if path.resolve().is_relative_to(cache.root().resolve()):
+            raise ConfigError(
+                "A model can link only to what lies on this machine, not to copies in the cache",
+                got=path,
+                fix="stitch without --link",
+            )
+        if not manifests.is_link(link):
+            raise ConfigError(
+                "A model cannot link to this path",
+                got=link,
+                expected="a directory outside the model, with a plain name",
+                fix="move it, or stitch without --link",
+            )
+        links[name] = link
+    return links
+
+
+def _write_manifest(piece: slices.SliceInfo, folder: Path) -> int:
+    """Writes from what was validated: equal bytes, as only one rendering is valid."""
+    text = manifests.render(piece.manifest).encode()
+    (folder / manifests.NAME).write_bytes(text)
+    return len(text)
 
 
 def peak_host_gib() -> float:
     """The most memory this process has held, GiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not what the system's usage says: that begins with the parent's memory.
+        (line,) = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def unstitch(model: str | Path, expert: str, out: str | Path) -> dict[str, Any]:
+def unstitch(
+    model: str | Path, expert: str, out: str | Path, note: onepass.Note | None = None
+) -> dict[str, Any]:
     """Copies one expert out of a model: the slice directory exactly as its owner shipped it.
+
+    Args:
+      note: called now and then with the bytes that are done and the bytes there are.
 
     Raises:
       RefusedError: the slice is not what the model's slot table and its manifest say.
       ConfigError: no such expert, or the public one, which is part of the anchor.
+      MachineError: the disk has too little room.
     """
-    info = model_dir.read_info(model)
+    info, out = model_dir.read_info(model), Path(out)
     info.expert_path(expert)
     if expert == manifests.PUBLIC:
         raise ConfigError("The public expert is part of the anchor, it is no slice", got=expert)
     piece, problems = model_dir.member_info(info, expert)
     if piece is not None:
-        problems += slices.listing_problems(piece, content=False)
+        problems += slices.listing_problems(piece)
     if piece is None or problems:
         raise RefusedError(f"Expert {expert!r} cannot be taken out", problems)
-    with atomic_directory(Path(out)) as work:
-        copied = copy_slice(piece, work, problems)
-        if problems:
-            raise RefusedError(f"Expert {expert!r} cannot be taken out", problems)
-    return {"expert": expert, "manifest_digest": piece.digest, "bytes_copied": copied}
+    with atomic_directory(out) as work:
+        items = slices.items(piece, work)
+        require_space(out, sum(item.nbytes or 0 for item in items))
+        judged = onepass.judge(items, note)
+        if judged.problems:
+            raise RefusedError(f"Expert {expert!r} cannot be taken out", judged.problems)
+        copied = judged.size + _write_manifest(piece, work)
+    return {
+        "expert": expert,
+        "manifest_digest": piece.digest,
+        "bytes_copied": copied,
+        "peak_host_gib": peak_host_gib(),
+    }

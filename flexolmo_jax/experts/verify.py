@@ -5,11 +5,11 @@ from pathlib import Path
 
 from flexolmo_jax.errors import Problem, RefusedError
 from flexolmo_jax.experts import manifest as manifests
-from flexolmo_jax.experts import model_dir, remote
+from flexolmo_jax.experts import model_dir, onepass, remote
 from flexolmo_jax.experts import slice as slices
 
 
-def verify(path: str | Path) -> list[Problem]:
+def verify(path: str | Path, note: onepass.Note | None = None) -> list[Problem]:
     """Schema, then the digest of every file, then digest and finiteness of every leaf.
 
     Leaves are only read once all files are what they should be. Empty means nothing was found.
@@ -17,45 +17,46 @@ def verify(path: str | Path) -> list[Problem]:
     """
     try:
         with remote.fresh():
-            return _verify(remote.local_dir(path))
+            return _verify(remote.local_dir(path), note)
     except RefusedError as e:
         return list(e.problems)
 
 
-def _verify(path: Path) -> list[Problem]:
+def _verify(path: Path, note: onepass.Note | None) -> list[Problem]:
     value, problems = manifests.read(path)
     if value is None:
         return problems
-    return _verify_slice(path) if value["kind"] == "slice" else _verify_model(path)
+    check = _verify_slice if value["kind"] == "slice" else _verify_model
+    return check(path, note)
 
 
-def _verify_slice(path: Path) -> list[Problem]:
+def _verify_slice(path: Path, note: onepass.Note | None) -> list[Problem]:
     info, problems = slices.read_slice_info(path)
     if info is None:
         return problems
-    problems = slices.listing_problems(info, content=True)
-    return problems or slices.leaf_content_problems(info)
+    problems = slices.listing_problems(info)
+    return problems or onepass.judge(slices.items(info), note).problems
 
 
-def _verify_model(path: Path) -> list[Problem]:
+def _verify_model(path: Path, note: onepass.Note | None) -> list[Problem]:
     info, problems = model_dir.parse_info(path)
     if info is None:
         return problems
-    problems = model_dir.shared_file_problems(info, content=True)
+    problems = model_dir.shared_file_problems(info)
     pieces = []
     for expert in info.slots:
         piece, found = model_dir.member_info(info, expert)
         problems += found
         if piece is not None:
             pieces.append(piece)
-            problems += slices.listing_problems(piece, content=True)
+            problems += slices.listing_problems(piece)
     if problems:
         return problems
-    problems = model_dir.anchor_problems(info, pieces[0]) + model_dir.dtype_problems(pieces)
-    problems += model_dir.shared_content_problems(info, info.path / model_dir.SHARED)
+    problems = model_dir.anchor_problems(info, pieces[0]) + slices.dtype_problems(pieces)
+    items = model_dir.own_items(info)
     for piece in pieces:
-        problems += slices.leaf_content_problems(piece)
-    return problems
+        items += slices.items(piece)
+    return problems + onepass.judge(items, note).problems
 
 
 def identity(path: str | Path) -> dict[str, str]:

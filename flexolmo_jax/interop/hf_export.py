@@ -119,15 +119,15 @@ def effective_bias(raw: np.ndarray) -> float:
 
 def _pieces(info: model_dir.ModelInfo, mask: np.ndarray) -> tuple[slices.SliceInfo, ...]:
     """The manifests of the chosen experts, checked with the shared files; reads no weights."""
-    pieces, problems = [], model_dir.shared_file_problems(info, content=False)
+    pieces, problems = [], model_dir.shared_file_problems(info)
     for expert in (e for e, slot in info.slots.items() if mask[slot]):
         piece, found = model_dir.member_info(info, expert)
         problems += found
         if piece is not None:
             pieces.append(piece)
-            problems += slices.listing_problems(piece, content=False)
+            problems += slices.listing_problems(piece)
     if not problems:
-        problems += model_dir.dtype_problems(pieces)
+        problems += slices.dtype_problems(pieces)
         problems += model_dir.anchor_problems(info, pieces[0])
     if problems:
         raise RefusedError(f"{info.path} cannot be exported", problems)
@@ -307,7 +307,7 @@ class _Source:
         kind, name = leaf.split("/", 1)
         if kind == "shared":
             info = self.export.info
-            reader = _Reader(info.path / model_dir.SHARED, name, info.content["shared"][name])
+            reader = _Reader(info.shared_path, name, info.content["shared"][name])
         else:
             assert piece is not None
             reader = _Reader(piece.path / slices.PARAMS, name, piece.manifest["leaves"][name])

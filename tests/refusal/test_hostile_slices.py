@@ -25,7 +25,7 @@ from expert_helpers import (
 from flexolmo_jax import checkpoint
 from flexolmo_jax import tree as trees
 from flexolmo_jax.errors import RefusedError
-from flexolmo_jax.experts import leafio, manifest, model_dir, stitch
+from flexolmo_jax.experts import leafio, manifest, model_dir, onepass, stitch
 from flexolmo_jax.experts.verify import verify
 from flexolmo_jax.files import hash_files, list_files
 
@@ -301,6 +301,7 @@ def test_refused_before_any_array_is_read(world, hostile, tmp_path, monkeypatch,
     change, code = PLANNED[kind]
     change(hostile)
     monkeypatch.setattr(leafio, "_read", forbidden)
+    monkeypatch.setattr(onepass, "judge", forbidden)
     assert code in refused(world, [hostile, *world.paths[1:]], tmp_path / "m")
 
 
