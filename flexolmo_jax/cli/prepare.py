@@ -41,6 +41,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first train a byte-level BPE of this size on the same text",
     )
 
+    _add_corpus_arguments(parser)
+
+
+def _add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "text of any size",
+        "With any of these options nothing is held in memory as a whole, documents are ordered by "
+        "a hash, and an interrupted run goes on when it is called again (docs/prepare.md).",
+    )
+    group.add_argument(
+        "--runner",
+        metavar="NAME",
+        help="local (default), or by Apache Beam: direct, DataflowRunner, FlinkRunner, SparkRunner",
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="processes of --runner direct")
+    group.add_argument(
+        "--runner-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the Beam runner, as project=P or region=R; may be repeated",
+    )
+    group.add_argument("--shards", type=int, metavar="N", help="files; default: one per 64 MiB")
+    group.add_argument(
+        "--dedup",
+        metavar="KIND",
+        help="none, exact or near (default): also documents that are nearly the same; what is in "
+        "the held-out text, or near it, is never in the training text",
+    )
+    group.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="F",
+        help="length=MIN:MAX, letters=MIN, repetition=MAX, language=en,de or FILE.py:FUNCTION; "
+        "may be repeated",
+    )
+    group.add_argument(
+        "--max-bad-frac",
+        type=float,
+        metavar="F",
+        help="share of rows that may be unusable and are skipped; default: the first is refused",
+    )
+    group.add_argument("--stage", metavar="DIR", help="unfinished work; default: OUT.staged")
+
+
+def _corpus_options(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The options of text of any size, or None where none is given."""
+    given = {
+        "runner": args.runner,
+        "workers": args.workers,
+        "runner_options": args.runner_option or None,
+        "n_shards": args.shards,
+        "dedup": args.dedup,
+        "filters": args.filter or None,
+        "max_bad_frac": args.max_bad_frac,
+        "stage": args.stage,
+    }
+    return {k: v for k, v in given.items() if v is not None} or None
+
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepares and returns the sidecar."""
@@ -52,5 +112,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         max_bytes=args.max_bytes,
         seed=args.seed,
         train_vocab=args.train_tokenizer,
+        corpus=_corpus_options(args),
         progress=lambda line: print(line, flush=True),
     )

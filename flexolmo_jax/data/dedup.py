@@ -38,10 +38,12 @@ def share_of(values: np.ndarray, n: int) -> np.ndarray:
 
 def cut(rows: np.ndarray, field: str, n: int) -> Iterator[tuple[int, bytes]]:
     """Packed rows of each of `n` ranges of a hash that has any."""
+    if not len(rows):
+        return
     shares = share_of(rows[field], n)
     order = np.argsort(shares, kind="stable")
     rows, shares = rows[order], shares[order]
-    starts = np.flatnonzero(np.r_[True, shares[1:] != shares[:-1]]) if len(rows) else []
+    starts = np.flatnonzero(np.r_[True, shares[1:] != shares[:-1]])
     for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
         yield int(shares[start]), rows[start:stop].tobytes()
 

@@ -2,7 +2,7 @@
 """Text -> token shards, and text -> tokenizer."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,12 @@ import numpy as np
 import tokenizers
 
 from flexolmo_jax.data import corpora, tokenize
+from flexolmo_jax.data.beam import BeamEngine
 from flexolmo_jax.data.corpora import Document, Split
+from flexolmo_jax.data.corpus import Engine, LocalEngine, prepare_corpus
+from flexolmo_jax.data.filters import parse as parse_filters
 from flexolmo_jax.data.shards import is_shard_dir, open_shards, write_shards
+from flexolmo_jax.data.staging import Options
 from flexolmo_jax.errors import ConfigError, DataError
 from flexolmo_jax.tree import json_digest
 
@@ -201,6 +205,60 @@ def _encoded(
             progress(f"tokenizing {100 * done // total} %: {tokens:,} tokens, {rate:,.0f} tokens/s")
 
 
+def prepare_large(
+    sources: Sequence[str],
+    tokenizer: Path | str,
+    out: str,
+    *,
+    split: Split = "train",
+    seed: int = 0,
+    dedup: str = "near",
+    filters: Sequence[str] = (),
+    max_bad_frac: float = 0.0,
+    root: Path | str | None = None,
+    runner: str = "local",
+    workers: int = 1,
+    runner_options: Sequence[str] = (),
+    n_shards: int | None = None,
+    stage: str | None = None,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Writes token shards of text of any size (see `corpus.prepare_corpus`); returns the sidecar.
+
+    Args:
+      filters: as `filters.parse` takes them.
+      runner: `local`, or one of `beam.RUNNERS`.
+      runner_options: for the Beam runner, as "KEY=VALUE".
+
+    Raises:
+      ConfigError: options that make no sense or do not belong together.
+    """
+    options = Options(
+        split=split,
+        seed=seed,
+        dedup=dedup,
+        filters=parse_filters(filters),
+        max_bad_frac=max_bad_frac,
+        root=None if root is None else str(root),
+    )
+    if runner != "local":
+        engine: Engine = BeamEngine(runner, workers, runner_options)
+    elif workers == 1 and not runner_options:
+        engine = LocalEngine(progress)
+    else:
+        raise ConfigError("Workers and options of a runner need one", fix="give --runner direct")
+    return prepare_corpus(
+        sources,
+        tokenizer,
+        str(out),
+        options,
+        engine,
+        n_shards=n_shards,
+        stage=stage,
+        progress=progress,
+    )
+
+
 def prepare_command(
     sources: Sequence[str],
     tokenizer: str,
@@ -210,9 +268,13 @@ def prepare_command(
     split: Split = "train",
     max_bytes: int | None = None,
     seed: int = 0,
+    corpus: Mapping[str, Any] | None = None,
     progress: Progress = _silent,
 ) -> dict[str, Any]:
     """What `flexolmo prepare` does: train a tokenizer if asked to, write shards if asked to.
+
+    Args:
+      corpus: arguments of `prepare_large`; None is to prepare in memory.
 
     Raises:
       ConfigError: neither is asked for; and all that `train_tokenizer` and `prepare` raise.
@@ -223,7 +285,17 @@ def prepare_command(
     if train_vocab is not None:
         documents = collect(sources, split, max_bytes=max_bytes, seed=seed)
         train_tokenizer(documents, train_vocab, tokenizer, progress=progress)
-    if out is not None:
+    if out is not None and corpus is not None:
+        result["out"] = str(out)
+        if max_bytes is not None:
+            raise ConfigError(
+                "max_bytes is for text that is held in memory",
+                fix="give fewer files, or leave the options for text of any size away",
+            )
+        result["shards"] = prepare_large(
+            sources, tokenizer, out, split=split, seed=seed, progress=progress, **corpus
+        )
+    elif out is not None:
         result["out"] = str(out)
         result["shards"] = prepare(
             sources,

@@ -51,6 +51,11 @@ def read(path: Path) -> Iterator[Entry]:
                 yield Entry(f"{name}:{number}", row["text"], row["text"])
 
 
+def is_text_file(name: str) -> bool:
+    """Whether the name ends as that of a file that can be read."""
+    return bool(_kind(Path(name)))
+
+
 def _names() -> str:
     return "one of " + ", ".join(KINDS)
 
