@@ -149,6 +149,10 @@ def session() -> Iterator[bool]:
     finally:
         error = sys.exception()
         if not ended and several() and not is_agreed(error):
+            logger.error(
+                "process %d stops; where it lost another one, the log of that one says why",
+                jax.process_index(),
+            )
             code = error.exit_code if isinstance(error, FlexOlmoError) else 1
             atexit.register(_leave, code)
             late = threading.Timer(LEAVE_S, _leave, [code])

@@ -56,24 +56,49 @@ class JobResult:
     exit_code: int | None = None
 
 
+class _Process:
+    """A child and the moment of its end: of several, the first to fail is the one to blame."""
+
+    def __init__(self, child: subprocess.Popen):
+        self.child, self.ended = child, 0.0
+        self._waiter = threading.Thread(target=self._wait, daemon=True)
+        self._waiter.start()
+
+    def _wait(self) -> None:
+        self.child.wait()
+        self.ended = time.monotonic()
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        return self.child.returncode if self.ended else None
+
+    def stop(self, patience_s: float) -> None:
+        """Waits for an end that was asked for, then enforces it."""
+        self._waiter.join(patience_s)
+        if not self.ended:
+            self.child.kill()
+            self._waiter.join()
+
+
 @dataclasses.dataclass
 class _Running:
     job: Job
-    processes: Sequence[subprocess.Popen]
+    processes: Sequence[_Process]
     digest: str
     started: float
 
     def ended(self) -> tuple[int, int] | None:
         """(exit code, number of the process that decides it), or None while the job runs.
 
-        It runs until all have ended well or saved, or one has not.
+        It runs until all processes have ended well or saved, or one has not.
         """
-        codes = [process.poll() for process in self.processes]
+        codes = [process.code for process in self.processes]
         bad = [i for i, code in enumerate(codes) if code not in (None, 0, PREEMPTED)]
         if bad:
-            # One that was killed comes first: the others fail because it is gone.
-            worst = min(bad, key=lambda i: (codes[i] or 0) > 0)
-            return codes[worst] or 0, worst
+            # The others fail because it is gone.
+            first = min(bad, key=lambda i: self.processes[i].ended)
+            return codes[first] or 0, first
         if None in codes:
             return None
         code = PREEMPTED if PREEMPTED in codes else 0
@@ -115,11 +140,11 @@ def environment(job: Job, index: int = 0, port: int = 0) -> dict[str, str]:
         for k, v in os.environ.items()
         if (k in PASSED or k.startswith(PASSED_PREFIXES)) and k not in OURS
     }
-    joined = {}
+    joined: dict[str, str] = {}
     if job.resources.processes > 1:
         address = f"{LOOPBACK}:{port}"
         values = (address, address, str(job.resources.processes), str(index))
-        joined = dict(zip(OURS, values, strict=True))
+        joined = dict[str, str](zip(OURS, values, strict=True))
         joined["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
     return {**kept, "PYTHONUNBUFFERED": "1", **job.env, **joined}
 
@@ -213,13 +238,14 @@ class _Runner:
         stamps.prepare(self.plan, job, digest)
         Path(job.workdir).mkdir(parents=True, exist_ok=True)
         port = _free_port() if job.resources.processes > 1 else 0
-        processes: list[subprocess.Popen] = []
+        processes: list[_Process] = []
         item = _Running(job, processes, digest, time.monotonic())
         # Known before the first starts, so that an interrupt stops those that have started.
         self.running.append(item)
         for index in range(job.resources.processes):
-            processes.append(self._spawn(job, index, port))
-            self._pin(processes[-1].pid)
+            child = self._spawn(job, index, port)
+            processes.append(_Process(child))
+            self._pin(child.pid)
         self._tell("start", job)
 
     def _spawn(self, job: Job, index: int, port: int) -> subprocess.Popen:
@@ -297,17 +323,13 @@ class _Runner:
         _stop([process for item in self.running for process in item.processes], SAVE_S)
 
 
-def _stop(processes: Sequence[subprocess.Popen], patience_s: float) -> None:
+def _stop(processes: Sequence[_Process], patience_s: float) -> None:
     """Tells processes to end and ends those that do not; all are told before one is waited for."""
     for process in processes:
-        process.terminate()
+        process.child.terminate()
     end = time.monotonic() + patience_s
     for process in processes:
-        try:
-            process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.stop(max(0.0, end - time.monotonic()))
 
 
 @contextlib.contextmanager
