@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from flexolmo_jax import evaluate, model, sample, sharding, tree
 from flexolmo_jax.config import ExecConfig, ModelConfig
-from flexolmo_jax.data import loader, shards, tokenize
+from flexolmo_jax.data import loader, remote_shards, shards, tokenize
 from flexolmo_jax.errors import ConfigError, DataError
 from flexolmo_jax.experts import model_dir, policy
+from flexolmo_jax.storage import urls
 
 logger = logging.getLogger("flexolmo")
 # Text is scored in rows of this length where the model could read longer ones: attention over a
@@ -116,17 +117,22 @@ def open_model(
     )
 
 
-def heldout_sets(data: Path | str, split: str = "heldout") -> dict[str, Path]:
+def heldout_sets(data: Path | str, split: str = "heldout") -> dict[str, Path | str]:
     """Domain to token-shard directory under `data` ("<domain>/heldout", or "<domain>" itself).
+
+    Args:
+      data: a directory or a URL; of a URL, the values are URLs too.
 
     Raises:
       DataError: nothing there.
     """
-    root = Path(data)
-    if shards.is_shard_dir(root):
+    root, url = Path(data), urls.as_url(data)
+    found: dict[str, Path | str] = {}
+    if url is not None:
+        found.update(remote_shards.find(url, split))
+    elif shards.is_shard_dir(root):
         return {root.parent.name if root.name == split else root.name: root}
-    found = {}
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+    for folder in sorted(root.iterdir()) if url is None and root.is_dir() else []:
         for candidate in (folder / split, folder):
             if shards.is_shard_dir(candidate):
                 found[folder.name] = candidate
@@ -134,7 +140,7 @@ def heldout_sets(data: Path | str, split: str = "heldout") -> dict[str, Path]:
     if not found:
         raise DataError(
             "No token shards to evaluate on",
-            where=root,
+            where=url or root,
             expected=f"<domain>/{split}/tokens.json",
             fix="write them with flexolmo prepare",
         )
@@ -143,7 +149,7 @@ def heldout_sets(data: Path | str, split: str = "heldout") -> dict[str, Path]:
 
 def score_domain(
     m: OpenModel,
-    path: Path,
+    path: Path | str,
     *,
     allowed: np.ndarray,
     n_active: int | None = None,
@@ -184,7 +190,7 @@ def score_domain(
 
 def score_domains(
     m: OpenModel,
-    domains: Mapping[str, Path],
+    domains: Mapping[str, Path | str],
     *,
     allowed: np.ndarray,
     n_active: int,

@@ -5,6 +5,7 @@ import argparse
 from typing import Any
 
 from flexolmo_jax.data import prepare
+from flexolmo_jax.storage import output, urls
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,10 +105,18 @@ def _corpus_options(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepares and returns the sidecar."""
+    if args.out is None or urls.as_url(args.out) is None:
+        return _prepare(args, args.out)
+    with output.directory(args.out, "tokens.json") as out:
+        result = _prepare(args, str(out))
+    return {**result, "out": urls.as_url(args.out)}
+
+
+def _prepare(args: argparse.Namespace, out: str | None) -> dict[str, Any]:
     return prepare.prepare_command(
         args.source,
         args.tokenizer,
-        args.out,
+        out,
         split=args.split,
         max_bytes=args.max_bytes,
         seed=args.seed,

@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexolmo_jax import inference
+from flexolmo_jax.data import remote_shards
 from flexolmo_jax.errors import ConfigError, nearest
 from flexolmo_jax.experts import policy
 from flexolmo_jax.inference import OpenModel
+from flexolmo_jax.storage import urls
 from flexolmo_jax.tasks import catalog, metrics, scorefile, scoring, sources
 from flexolmo_jax.tasks.asked import Asked
 from flexolmo_jax.tasks.catalog import Task
@@ -116,7 +118,7 @@ def evaluate(
     _check(names, sweep, active, data, scores)
     _check_numbers(limit=limit, rows=n_rows, seq_len=seq_len, batch_tokens=batch_tokens)
     # All questions first: what is missing is said before the model is loaded.
-    folder = None if data is None else Path(data)
+    folder = None if data is None else _folder(data)
     questions = [(task, sources.load(task, data=folder, limit=limit)) for task in tasks]
     domains = inference.heldout_sets(data) if BPB in names and data is not None else {}
     m = inference.open_model(path, allow=allow, deny=deny, grid=grid)
@@ -138,6 +140,12 @@ def evaluate(
     digests = {"model": m.info.model_digest, "anchor": m.info.anchor_digest}
     result = found[0] if sweep is None else {"sweep": sweep, "settings": found}
     return {**result, "digests": digests}
+
+
+def _folder(data: Path | str) -> Path:
+    """Where the files of tasks are; of a URL, copies of them."""
+    url = urls.as_url(data)
+    return Path(data) if url is None else remote_shards.other_files(url)
 
 
 def _check(
@@ -211,7 +219,7 @@ def _settings(m: OpenModel, sweep: str | None, active: int | None) -> list[Setti
 
 
 def _bpb(
-    m: OpenModel, domains: Mapping[str, Path], setting: Setting, n_rows: int, seq_len: int
+    m: OpenModel, domains: Mapping[str, Path | str], setting: Setting, n_rows: int, seq_len: int
 ) -> dict[str, Any]:
     if seq_len > m.config.max_len:
         raise ConfigError(
