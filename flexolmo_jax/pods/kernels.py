@@ -67,8 +67,9 @@ def _splash(i: Instruction, name: str, operands: Sequence[Instruction]) -> float
     *rows, length, width = heads[0]
     keys = heads[1][-2]
     products = next((n for key, n in _SPLASH.items() if key in name), 0)
-    if "dkv" in name and re.search(r'use_fused_bwd_kernel\\?": true', i.text):
+    # The kernel that makes all gradients leaves one part of the queries' per block of keys.
+    if "dkv" in name and any(len(a.shape) == len(heads[0]) + 1 for a in i.arrays):
         products = _SPLASH["fused"]
-    block = re.search(r'block_q\\?": (\d+)', i.text)
+    block = re.search(r'block_q(?:_dkv|_dq)?\\?": (\d+)', i.text)
     blocks = max(1, length // int(block[1])) if block else length
     return products * 2.0 * math.prod(rows) * length * keys * width * (1 + 1 / blocks) / 2

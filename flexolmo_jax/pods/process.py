@@ -118,10 +118,11 @@ def _converse(process: subprocess.Popen, request: Request, tell: Callable[[str],
         for line in process.stdout:
             tell(line.rstrip("\n"))
         process.wait()
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+    finally:
+        # Interrupted here, or the other side closed its input: nobody waits for the answer.
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def environment() -> dict[str, str]:
