@@ -4,6 +4,7 @@
 Imports no JAX: the caller's process stays as it is, whatever devices it has.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -113,8 +114,10 @@ def _converse(process: subprocess.Popen, request: Request, tell: Callable[[str],
     """Hands the request over and passes lines on until the process ends."""
     assert process.stdin is not None and process.stdout is not None
     try:
-        process.stdin.write(json.dumps(dataclasses.asdict(request)))
-        process.stdin.close()
+        # One that died already says why by its exit code and its log.
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(dataclasses.asdict(request)))
+            process.stdin.close()
         for line in process.stdout:
             tell(line.rstrip("\n"))
         process.wait()
