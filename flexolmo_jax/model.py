@@ -26,10 +26,10 @@ from flexolmo_jax.sharding import constrain
 NO_BIAS = -1e4
 INIT_STD = 0.02
 EXPERT_AXES = {
-    "w_gate": ("layer", "expert", "embed", "ffn"),
-    "w_up": ("layer", "expert", "embed", "ffn"),
-    "w_down": ("layer", "expert", "ffn", "embed"),
-    "router": ("layer", "expert", "embed"),
+    "w_gate": ("layer", "expert", "expert_embed", "ffn"),
+    "w_up": ("layer", "expert", "expert_embed", "ffn"),
+    "w_down": ("layer", "expert", "ffn", "expert_embed"),
+    "router": ("layer", "expert", "expert_embed"),
     "bias": ("layer", "expert"),
 }
 

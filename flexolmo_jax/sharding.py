@@ -14,11 +14,13 @@ from flexolmo_jax.mesh import BATCH_AXES
 
 MeshAxes = str | tuple[str, ...] | None
 
-# Parameters: FSDP over `data` on the embed dimension, tensor parallel over `model`.
+# Parameters: FSDP on the embed dimension over every axis that holds different rows, which for the
+# matrices of experts leaves `data`; tensor parallel over `model`.
 PARAM_RULES: dict[str, MeshAxes] = {
     "layer": None,
     "expert": "expert",
-    "embed": "data",
+    "embed": BATCH_AXES,
+    "expert_embed": "data",
     "heads": "model",
     "kv_heads": "model",
     "head_dim": None,

@@ -12,18 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax import mesh, moe, router
+from flexolmo_jax import mesh, model, moe, router
 from flexolmo_jax.sharding import PARAM_RULES, spec_for
 
 TOLERANCE = 2e-5
 D, F, A = 16, 24, 2
 MESHES = [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2)]
 STRATEGIES = ["fsdp", "ring", "all_to_all_twin"]
-AXES = {
-    "w_gate": ("expert", "embed", "ffn"),
-    "w_up": ("expert", "embed", "ffn"),
-    "w_down": ("expert", "ffn", "embed"),
-}
 
 
 def draw(seed, slots=8, rows=8, length=6, allowed=None):
@@ -70,7 +65,9 @@ def run(inputs, allowed=None, *, shape=None, dispatch="dense", strategy="fsdp", 
     if grid is not None:
         # As a checkpoint is laid out, so that gathering the matrices is part of the test.
         placed = {
-            n: jax.NamedSharding(grid, spec_for(AXES[n], inputs[n].shape, grid, PARAM_RULES))
+            n: jax.NamedSharding(
+                grid, spec_for(model.EXPERT_AXES[n][1:], inputs[n].shape, grid, PARAM_RULES)
+            )
             for n in moe.WEIGHTS
         }
         inputs = {n: jax.device_put(x, placed[n]) if n in placed else x for n, x in inputs.items()}

@@ -28,23 +28,35 @@ from flexolmo_jax.config import ModelConfig, OptimConfig  # noqa: E402
 
 COMMAND = "python -m tests.golden.regenerate"
 SHARDINGS, NUMBERS = HERE / "shardings.txt", HERE / "numbers.json"
-# Model size to meshes as (data, expert, model). Five slots do not divide over an expert axis of 2.
+# Model size to (pod, mesh as (data, expert, model)). Five slots do not divide over an expert axis
+# of 2; on 256 chips of v6e the rows of a batch do not suffice for everyone, so F is split as well.
 LAYOUTS = {
-    "tiny": [(8, 1, 1), (2, 2, 2)],
-    "7b": [(256, 1, 1), (64, 1, 4)],
-    "8x7b": [(32, 8, 1), (16, 4, 4)],
+    "tiny": [("8 devices", (8, 1, 1)), ("8 devices", (2, 2, 2))],
+    "1b": [("4 v5p", (4, 1, 1)), ("16 v5e", (16, 1, 1))],
+    "7b": [
+        *(("4 v5p", (4, 1, 1)), ("16 v5e", (16, 1, 1)), ("128 v5p", (128, 1, 1))),
+        *(("256 v6e", (256, 1, 1)), ("256 v6e", (64, 1, 4))),
+    ],
+    "8x1b": [
+        *(("4 v5p", (4, 1, 1)), ("4 v5p", (1, 4, 1)), ("16 v5e", (2, 8, 1))),
+        *(("128 v5p", (128, 1, 1)), ("128 v5p", (16, 8, 1)), ("256 v6e", (32, 8, 1))),
+    ],
+    "8x7b": [
+        *(("128 v5p", (128, 1, 1)), ("128 v5p", (16, 8, 1))),
+        *(("256 v6e", (256, 1, 1)), ("256 v6e", (32, 8, 1)), ("256 v6e", (16, 4, 4))),
+    ],
 }
 OPTIM = OptimConfig(peak_lr=3e-3, total_steps=4, warmup_steps=0, router_label_loss=0.3)
 
 
 def shardings() -> str:
-    """One table per size and mesh."""
+    """One table per size, pod and mesh."""
     sizes = {**common.sizes(), **common.stitched_sizes()}
     tables = []
-    for size, shapes in LAYOUTS.items():
+    for size, places in LAYOUTS.items():
         c = ModelConfig(**sizes[size])
         leaves, axes = model.abstract_params(c), model.param_axes(c)
-        for shape in shapes:
+        for pod, shape in places:
             grid = AbstractMesh(shape, mesh.AXES, axis_types=(AxisType.Auto,) * 3)
             placed = tree.flatten(sharding.param_shardings(leaves, axes, grid))
             rows = [_row(n, leaf, placed[n]) for n, leaf in tree.flatten(leaves).items()]
@@ -52,18 +64,23 @@ def shardings() -> str:
             rows = [
                 (*row[:3], row[3] if isinstance(row[3], str) else f"{row[3]:_}") for row in rows
             ]
-            title = f"{c.n_slots} slots; " + " ".join(
+            title = f"{c.n_slots} slots; {pod}: " + " ".join(
                 f"{a}={n}" for a, n in zip(mesh.AXES, shape, strict=True)
             )
-            tables.append(f"{size}, {title}: float32 bytes per chip\n{_table(rows)}\n")
+            tables.append(f"{size}, {title}; float32 bytes per chip\n{_table(rows)}\n")
     return "\n".join(tables)
 
 
 def _row(name, leaf, placed):
     local = placed.shard_shape(leaf.shape)
-    spec = ", ".join("-" if axis is None else str(axis) for axis in placed.spec)
+    spec = ", ".join(_axes(axes) for axes in placed.spec)
     shape = "x".join(map(str, leaf.shape))
     return name, shape, spec, int(np.prod(local)) * leaf.dtype.itemsize
+
+
+def _axes(axes):
+    """A partition of one dimension: "-" for none, "data+expert" for two axes."""
+    return "-" if axes is None else "+".join([axes] if isinstance(axes, str) else axes)
 
 
 def _table(rows):
