@@ -113,19 +113,19 @@ def plan(request: Request, tell: Callable[[str], None] = lambda line: None) -> d
 def _converse(process: subprocess.Popen, request: Request, tell: Callable[[str], None]) -> None:
     """Hands the request over and passes lines on until the process ends."""
     assert process.stdin is not None and process.stdout is not None
-    try:
-        # One that died already says why by its exit code and its log.
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(dataclasses.asdict(request)))
-            process.stdin.close()
-        for line in process.stdout:
-            tell(line.rstrip("\n"))
-        process.wait()
-    finally:
-        # Interrupted here, or the other side closed its input: nobody waits for the answer.
-        if process.poll() is None:
-            process.kill()
+    with process.stdout:
+        try:
+            # One that died already says why by its exit code and its log.
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(json.dumps(dataclasses.asdict(request)))
+            for line in process.stdout:
+                tell(line.rstrip("\n"))
             process.wait()
+        finally:
+            # Interrupted: nobody waits for the answer.
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
 
 def environment() -> dict[str, str]:
