@@ -31,6 +31,8 @@ from flexolmo_jax.tree import canonical_json, file_digest, json_digest
 Progress = Callable[[str], None]
 # Text per shard, where their number is not given.
 _SHARD_BYTES = 64 << 20
+# What a stage was begun for.
+_NOTE = "asked.json"
 
 
 class Engine(Protocol):
@@ -125,7 +127,7 @@ def prepare_corpus(
     Args:
       out: a path or a URL.
       n_shards: files to write; None is one for each 64 MiB of text.
-      stage: where unfinished work is kept; None is beside `out`.
+      stage: folder for unfinished work; None is the one of `out`.
 
     Raises:
       ConfigError: options that make no sense, or `out` or `stage` is of another making.
@@ -135,16 +137,19 @@ def prepare_corpus(
     """
     _check(options, n_shards)
     out = urls.as_url(out) or str(Path(out).absolute())
-    stage = (urls.as_url(stage) or str(Path(stage).absolute())) if stage else out + ".staged"
+    stage = _stage_of(out, stage)
     works = inputs(sources, options.root)
     asked = {"max_bytes": None, "layout": "by id", "shards": n_shards, **options.facts()}
     recipe = {**asked, "text": json_digest(sorted(w.digest for w in works))}
     made = {"source": _label(sources), "split": options.split, "recipe": recipe}
     digest = tokenize.digest(tokenizer)
+    noted = {**asked, "tokenizer": digest}
     if (found := _existing(out, made, digest)) is not None:
+        if _noted(stage) == noted:  # The last run was stopped before it could tidy up.
+            places.remove(stage)
         progress(f"kept {out}: {found['tokens']:,} tokens, verified")
         return found
-    with _held(stage, {**asked, "tokenizer": digest}, progress):
+    with _held(stage, noted, progress):
         places.write(assembly.tokenizer_place(stage), tokenize.locate(tokenizer).read_bytes())
         stamps = _read(works, options, stage, engine, progress)
         job = _job(works, stamps, options, stage, n_shards, digest, out)
@@ -154,6 +159,19 @@ def prepare_corpus(
     places.remove(stage)
     _report(sidecar, out, progress)
     return sidecar
+
+
+def _stage_of(out: str, folder: str | None) -> str:
+    """A place of its own, as it is removed in the end; the user's folder may hold other things."""
+    if folder is None:
+        return f"{out}.staged"
+    base = urls.as_url(folder) or str(Path(folder).absolute())
+    return f"{base}/{out.rpartition('/')[2]}.staged"
+
+
+def _noted(stage: str) -> Any:
+    """The options that a stage was begun with; None if there are none."""
+    return json.loads(places.read(f"{stage}/{_NOTE}") or b"null")
 
 
 def _check(options: Options, n_shards: int | None) -> None:
@@ -265,8 +283,7 @@ def _held(stage: str, asked: Mapping[str, Any], progress: Progress) -> Iterator[
             except OSError as e:
                 stack.pop_all().close()
                 raise ConfigError("Another process prepares this output", where=stage) from e
-        note = f"{stage}/asked.json"
-        before = json.loads(places.read(note) or b"null")
+        before = _noted(stage)
         if before is not None and before != asked:
             differ = sorted(k for k in {*before, *asked} if before.get(k) != asked.get(k))
             raise ConfigError(
@@ -276,7 +293,10 @@ def _held(stage: str, asked: Mapping[str, Any], progress: Progress) -> Iterator[
                 fix="repeat its options to finish it, or remove the folder to start over",
             )
         if before is None:
-            places.write(note, canonical_json(dict(asked)).encode())
+            strange = [n for n in places.sizes(stage) if not n.startswith(_NOTE)]
+            if strange:
+                raise ConfigError("The folder for unfinished work is in use", where=stage)
+            places.write(f"{stage}/{_NOTE}", canonical_json(dict(asked)).encode())
         else:
             progress(f"going on with {stage}")
         yield
