@@ -10,7 +10,11 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 HF_PYTEST_ARGS ?= -q -n auto --dist loadgroup
 
-.PHONY: setup demo test test-hf unit lint types format clean
+# `make test-pods PODS=` compiles the programs of whole pods too.
+PODS ?= not slow_pods
+PODS_BIN := .venv-pods/bin
+
+.PHONY: setup demo test test-hf test-pods unit lint types format clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed
@@ -31,7 +35,7 @@ test: lint types unit
 
 # The same tests whether torch is installed or not.
 unit: setup
-	@$(BIN)/python -m pytest --ignore=tests/hf $(PYTEST_ARGS) $(ARGS)
+	@$(BIN)/python -m pytest --ignore=tests/hf --ignore=tests/pods $(PYTEST_ARGS) $(ARGS)
 
 test-hf: $(VENV)/.installed-hf
 	@$(BIN)/python -m pytest $(HF_PYTEST_ARGS) tests/hf $(ARGS)
@@ -39,6 +43,16 @@ test-hf: $(VENV)/.installed-hf
 $(VENV)/.installed-hf: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH_ARGS) '$(TORCH)'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,hf,lm-eval]'
+	@touch $@
+
+# The TPU compiler (libtpu, some 700 MB) has an environment of its own: where it is installed,
+# every import of jax looks for a TPU. One process, since each would load the compiler.
+test-pods: .venv-pods/.installed
+	@$(PODS_BIN)/python -m pytest -q --confcutdir=tests/pods -m '$(PODS)' tests/pods $(ARGS)
+
+.venv-pods/.installed: setup.cfg pyproject.toml
+	test -x $(PODS_BIN)/python || $(PYTHON) -m venv .venv-pods
+	$(PODS_BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,tpu]'
 	@touch $@
 
 lint: setup
