@@ -366,7 +366,7 @@ def _finish(
             "tokens": summary["tokens"],
             "seed": config.seed,
         },
-        recipe=_recipe(config),
+        recipe=_recipe(j),
     )
     with distributed.together("writing the summary"):
         if distributed.first():
@@ -397,8 +397,9 @@ def _final_params(j: training_job.TrainingJob, params: tree.Tree) -> tree.Tree:
     )
 
 
-def _recipe(config: RunConfig) -> dict[str, Any]:
+def _recipe(j: training_job.TrainingJob) -> dict[str, Any]:
     """What an owner may tell of the training: numbers and names of methods, never paths."""
+    config = j.config
     public = [s.weight for s in config.data.sources if s.public]
     total = sum(s.weight for s in config.data.sources)
     return {
@@ -407,4 +408,5 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
         "seq_len": config.data.seq_len,
         "batch_rows": config.data.batch_rows,
         "public_share": sum(public) / total,
+        **({"starts_from": j.anchor.model_digest} if config.stage == "router" and j.anchor else {}),
     }

@@ -20,6 +20,12 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--active", type=int, metavar="K", help="experts used per token")
 
 
+TOGETHER = (
+    "The experts of this model met in training (stage {stage}): denying one leaves what the others "
+    "learnt from it."
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `flexolmo eval`."""
     parser.add_argument("--model", required=True, metavar="M", help="a model or anchor directory")
@@ -88,6 +94,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         line.end()
     print(table.render(result))
+    if result["trained_together"]:
+        print(TOGETHER.format(stage=result["trained_together"]))
     return result
 
 

@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, type=urls.location, metavar="DIR", help="a new directory"
     )
     parser.add_argument(
+        "--model",
+        type=urls.location,
+        metavar="DIR",
+        help="of a router run: the stitched model that it tuned (the one that it was given)",
+    )
+    parser.add_argument(
         "--data-card",
         metavar="TEXT-or-file",
         help="what the text was, by whom and under which terms: a text, a text file or a .json",
@@ -27,9 +33,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.experts import package
 
     with output.directory(args.out, "flexolmo.json") as out:
-        result = package.package(args.run, out, args.data_card)
+        result = package.package(args.run, out, args.data_card, args.model)
     result["path"] = str(args.out)
-    what = f"expert {result['expert']}" if result["kind"] == "slice" else "anchor"
+    what = f"expert {result['expert']}" if result["kind"] == "slice" else "model"
     print(f"{what} -> {args.out}\nanchor {result['anchor_digest']}")
     if result["kind"] == "slice":
         print(f"slice  {result['manifest_digest']}")

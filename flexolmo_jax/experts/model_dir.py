@@ -77,6 +77,11 @@ class ModelInfo:
         return {name: self.path / COMPANIONS / name for name in _inside(self, COMPANIONS)}
 
     @property
+    def trained_together(self) -> str:
+        """The stage that let experts see each other, after which leaving is not exact; or ""."""
+        return str(self.training.get("stage", ""))
+
+    @property
     def is_anchor(self) -> bool:
         """Whether only the public expert is there."""
         return list(self.slots) == [manifests.PUBLIC]
@@ -308,9 +313,12 @@ def read_info(path: str | Path) -> ModelInfo:
 
 def member_info(info: ModelInfo, expert: str) -> tuple[slices.SliceInfo | None, list[Problem]]:
     """The manifest of one expert of a model, checked against the model's slot table."""
+    problems = link_problems(info, manifests.EXPERT_LINK + expert)
+    if problems:
+        return None, problems
     piece, problems = slices.read_slice_info(info.expert_path(expert))
     if piece is None:
-        return None, problems + link_problems(info, manifests.EXPERT_LINK + expert)
+        return None, problems
     where = str(piece.path / manifests.NAME)
     if piece.digest != info.manifest_digests[expert]:
         message = "the manifest is not the one that the model's slot table names"

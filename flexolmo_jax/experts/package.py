@@ -21,7 +21,7 @@ from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import CheckpointError, ConfigError, nearest
 from flexolmo_jax.experts import manifest as manifests
-from flexolmo_jax.experts import model_dir, remote
+from flexolmo_jax.experts import model_dir, remote, tuned
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import check_files, hash_files, list_files, write_text
 
@@ -188,12 +188,17 @@ def read_params(final: Final) -> trees.Tree:
 
 
 def package(
-    run_dir: str | Path, out: str | Path, data_card: str | Mapping[str, Any] | None = None
+    run_dir: str | Path,
+    out: str | Path,
+    data_card: str | Mapping[str, Any] | None = None,
+    model: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Turns a finished run into a model directory (anchor, joint) or a slice directory (expert).
+    """Turns a finished run into a model directory, or (an expert's) into a slice directory.
 
     Args:
       data_card: what the training text was: an object, a text, or a file with one of the two.
+      model: the stitched model whose router was tuned (stage "router" only); None takes the one
+        that the run's configuration names.
 
     Returns:
       kind, path and digests of what was written.
@@ -206,25 +211,27 @@ def package(
     card = read_card(data_card)
     recipe = without_paths(final.recipe)
     params = read_params(final)
-    if final.stage in ("anchor", "joint"):
-        together = range(1, final.config.n_slots if final.stage == "joint" else 1)
-        experts = [
-            model_dir.Member(
-                f"joint-{slot}", slices.take_slot(params["experts"], slot), final.training, recipe
-            )
-            for slot in together
-        ]
-        info = model_dir.write_model(
+    if final.stage == "expert":
+        return _package_slice(final, out, params, recipe, card)
+    if final.stage == "router":
+        info = tuned.write_tuned(
             out,
-            final.config if experts else final.config.replace(n_slots=1, n_active=1),
-            params["shared"],
-            slices.take_slot(params["experts"], 0),
-            final.path / TOKENIZER,
-            {**final.training, "recipe": recipe, "data_card": card},
-            experts=experts,
+            model or _tuned_model(run_dir),
+            params,
+            model_digest=final.recipe["starts_from"],
+            training=final.training,
+            recipe=recipe,
+            data_card=card,
         )
-        digests = {"anchor_digest": info.anchor_digest, "model_digest": info.model_digest}
-        return {"kind": "model", "path": str(out), **digests}
+    else:
+        info = _package_model(final, out, params, recipe, card)
+    digests = {"anchor_digest": info.anchor_digest, "model_digest": info.model_digest}
+    return {"kind": "model", "path": str(out), **digests}
+
+
+def _package_slice(
+    final: Final, out: str | Path, params: trees.Tree, recipe: dict, card: dict
+) -> dict[str, Any]:
     piece = slices.write_slice(
         out,
         params,
@@ -238,6 +245,42 @@ def package(
     )
     digests = {"anchor_digest": final.anchor_digest, "manifest_digest": piece.digest}
     return {"kind": "slice", "expert": piece.expert, "path": str(out), **digests}
+
+
+def _package_model(
+    final: Final, out: str | Path, params: trees.Tree, recipe: dict, card: dict
+) -> model_dir.ModelInfo:
+    """An anchor, or a mixture whose experts trained together and are nobody's."""
+    joint = final.stage == "joint"
+    experts = [
+        model_dir.Member(
+            f"joint-{slot}", slices.take_slot(params["experts"], slot), final.training, recipe
+        )
+        for slot in range(1, final.config.n_slots if joint else 1)
+    ]
+    stage = {"stage": "joint"} if joint else {}
+    return model_dir.write_model(
+        out,
+        final.config if joint else final.config.replace(n_slots=1, n_active=1),
+        params["shared"],
+        slices.take_slot(params["experts"], 0),
+        final.path / TOKENIZER,
+        {**final.training, **stage, "recipe": recipe, "data_card": card},
+        experts=experts,
+    )
+
+
+def _tuned_model(run_dir: str | Path) -> str:
+    """The stitched model that the configuration of a router run names."""
+    path = Path(run_dir) / "config.json"
+    named = json.loads(path.read_text(encoding="utf-8"))["anchor"] if path.is_file() else ""
+    if not named:
+        raise ConfigError(
+            "The model whose router was tuned is not known",
+            where=path,
+            fix="name it with --model",
+        )
+    return named
 
 
 def read_card(data_card: str | Mapping[str, Any] | None) -> dict[str, Any]:

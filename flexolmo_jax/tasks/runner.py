@@ -139,7 +139,7 @@ def evaluate(
         out["suites"] = _suites(names, out["tasks"])
     digests = {"model": m.info.model_digest, "anchor": m.info.anchor_digest}
     result = found[0] if sweep is None else {"sweep": sweep, "settings": found}
-    return {**result, "digests": digests}
+    return {**result, "digests": digests, "trained_together": m.info.trained_together}
 
 
 def _folder(data: Path | str) -> Path:
