@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flexolmo_jax import evaluate, model, optim, sample, sharding, stages, step, tree
+from flexolmo_jax import compiler, evaluate, model, optim, sample, sharding, stages, step, tree
 from flexolmo_jax.config import DataConfig, ExecConfig, ModelConfig, RunConfig
 from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.mesh import BATCH_AXES
@@ -60,7 +60,12 @@ class Program:
     def jitted(self) -> Any:
         """The function, compiled at its first call with positional arguments."""
         names = list(self.arguments)
-        return jax.jit(self.function, donate_argnums=[names.index(name) for name in self.donated])
+        training = self.stage in stages.STAGES
+        return jax.jit(
+            self.function,
+            donate_argnums=[names.index(name) for name in self.donated],
+            compiler_options=compiler.options(self.mesh.devices.flat[0]) if training else None,
+        )
 
     def lower(self) -> jax.stages.Lowered:
         """Traces the function for the devices of its mesh; makes no arrays."""

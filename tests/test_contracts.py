@@ -40,7 +40,7 @@ LEVELS = (
     ("storage",),
     ("sharding",),
     ("placed",),
-    ("remat",),
+    ("remat", "compiler"),
     ("layers", "router"),
     ("moe", "moe_kernels", "moe_parallel", "attention", "splash", "grouped"),
     ("runtime",),
