@@ -7,14 +7,13 @@ happens inside `together`, or the others would wait for it without end.
 """
 
 import atexit
-import contextlib
 import importlib.util
 import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,30 +133,28 @@ def _has_tpu(environment: Mapping[str, str]) -> bool:
     return wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-@contextlib.contextmanager
-def session() -> Iterator[bool]:
+class session:  # noqa: N801 (used as a function: `with session() as first`)
     """`start`, and an end by which no other process is kept waiting.
 
     A process that fails alone leaves at once with the exit code of its error; JAX would have it
     wait at its end for processes that wait for it.
     """
-    is_first = start()
-    ended = False
-    try:
-        yield is_first
-        ended = True
-    finally:
-        error = sys.exception()
-        if not ended and several() and not is_agreed(error):
-            logger.error(
-                "process %d stops; where it lost another one, the log of that one says why",
-                jax.process_index(),
-            )
-            code = error.exit_code if isinstance(error, FlexOlmoError) else 1
-            atexit.register(_leave, code)
-            late = threading.Timer(LEAVE_S, _leave, [code])
-            late.daemon = True
-            late.start()
+
+    def __enter__(self) -> bool:
+        return start()
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is None or is_agreed(error) or not several():
+            return
+        logger.error(
+            "process %d stops; where it lost another one, the log of that one says why",
+            jax.process_index(),
+        )
+        code = error.exit_code if isinstance(error, FlexOlmoError) else 1
+        atexit.register(_leave, code)
+        late = threading.Timer(LEAVE_S, _leave, [code])
+        late.daemon = True
+        late.start()
 
 
 def _leave(code: int) -> None:
@@ -187,28 +184,38 @@ def is_agreed(error: BaseException | None) -> bool:
     return _AGREED in getattr(error, "__notes__", ())
 
 
-@contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
+class together:  # noqa: N801 (used as a function: `with together("reading")`)
     """All processes end this block, or all raise: whoever fails here stops the others too.
 
     The block must hold nothing that waits for another process. It is a barrier: what was written
     before its end is there for all.
 
+    Args:
+      what: names the block in the error of the processes that did not fail themselves.
+
     Raises:
       FlexOlmoError: another process failed; of the same class where that decides the exit code.
     """
-    try:
-        yield
-    finally:
-        error = sys.exception()
+
+    def __init__(self, what: str):
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         failed = _failures(error)
-        if error is not None and several():
-            error.add_note(_AGREED)
-    for index, (kind, text) in failed.items():
-        problem = _SHARED.get(kind, MachineError)(
-            f"Process {index} of this run failed at {what}", got=text, fix="see the log of it"
-        )
-        raise agreed(problem)
+        if error is not None:
+            if several():
+                error.add_note(_AGREED)
+            return
+        for index, (kind, text) in failed.items():
+            problem = _SHARED.get(kind, MachineError)(
+                f"Process {index} of this run failed at {self._what}",
+                got=text,
+                fix="see the log of it",
+            )
+            raise agreed(problem)
 
 
 def _failures(error: BaseException | None) -> dict[int, tuple[str, str]]:
