@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from flexolmo_jax.cli.byte_line import ByteLine
 from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.storage import output, urls
 
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--active", type=int, metavar="K", help="experts per token (default: 2, or as --like)"
     )
+    parser.add_argument(
+        "--link",
+        action="store_true",
+        help="copy no weights: the model names where they lie, and needs them to stay there",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan only")
 
 
@@ -45,14 +51,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--out is missing", fix="name a new directory, or add --dry-run")
     if isinstance(args.out, Path) and args.out.exists() and not args.dry_run:
         raise ConfigError("The output exists already", where=args.out, fix="name a new directory")
+    if args.link and args.out is not None and not isinstance(args.out, Path):
+        raise ConfigError(
+            "A model with links is written on this machine only",
+            got=args.out,
+            fix="name a directory, or leave out --link",
+        )
     plan = stitch.plan(
         args.anchor, args.experts, slots=args.slots, like=args.like, active=args.active
     )
     print(plan.table())
     if args.dry_run:
         return {"slots": plan.slots, "model_digest": plan.model_digest, "bytes_copied": 0}
-    with output.directory(str(args.out), "flexolmo.json") as out:
-        result = stitch.execute(plan, out)
-    print(f"{result['bytes_copied'] / 2**20:.1f} MiB copied and verified -> {args.out}")
+    with output.directory(str(args.out), "flexolmo.json") as out, ByteLine("stitching") as line:
+        result = stitch.execute(plan, out, link=args.link, note=line)
+    done = f"{result['bytes_checked'] / 2**20:.1f} MiB verified"
+    print(f"{done}, {result['bytes_copied'] / 2**20:.1f} MiB copied -> {args.out}")
+    if args.link:
+        print("Its weights lie where they were. They must stay there, next to it as they are now.")
     names = ("anchor_digest", "model_digest")
     return {**result, "digests": {n: result[n] for n in names}}

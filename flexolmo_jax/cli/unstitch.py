@@ -4,6 +4,7 @@
 import argparse
 from typing import Any
 
+from flexolmo_jax.cli.byte_line import ByteLine
 from flexolmo_jax.storage import output, urls
 
 
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Copies the slice out and returns its digest."""
     from flexolmo_jax.experts import stitch
 
-    with output.directory(args.out, "flexolmo.json") as out:
-        result = stitch.unstitch(args.model, args.expert, out)
+    with output.directory(args.out, "flexolmo.json") as out, ByteLine("copying") as line:
+        result = stitch.unstitch(args.model, args.expert, out, note=line)
     print(f"expert {args.expert} -> {args.out}\nslice  {result['manifest_digest']}")
     return {**result, "digests": {"manifest_digest": result["manifest_digest"]}}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.cli import main as frame
+from flexolmo_jax.cli.byte_line import ByteLine
 from flexolmo_jax.errors import RefusedError
 from flexolmo_jax.storage import client, urls
 
@@ -20,19 +21,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Verifies, prints every problem and returns the finding."""
+    from flexolmo_jax.cli.eval import TOGETHER
     from flexolmo_jax.experts import verify
 
     started = time.perf_counter()
-    problems = verify.verify(args.path)
+    with ByteLine("verifying") as line:
+        problems = verify.verify(args.path, note=line)
     result = {
         "ok": not problems,
         "problems": [vars(problem) for problem in problems],
         "digests": {} if problems else verify.identity(args.path),
+        "links": {} if problems else verify.links(args.path),
+        "trained_together": "" if problems else verify.trained_together(args.path),
     }
     if not problems:
         print(f"{args.path}: whole")
+        for part, target in result["links"].items():
+            print(f"  {part} lies elsewhere: {target}")
         for name, digest in result["digests"].items():
             print(f"{name} {digest}")
+        if result["trained_together"]:
+            print(TOGETHER.format(stage=result["trained_together"]))
         return result
     if args.json is not None:
         # An error leaves no result file by itself, and a finding is the result here.

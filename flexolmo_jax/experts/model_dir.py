@@ -398,11 +398,6 @@ def shared_file_problems(info: ModelInfo) -> list[Problem]:
     return out
 
 
-def own_items(info: ModelInfo) -> list[onepass.Item]:
-    """Tokenizer files and shared weights, for a pass that reads them."""
-    return text_items(info) + shared_items(info)
-
-
 def text_items(info: ModelInfo, target: Path | None = None) -> list[onepass.Item]:
     """The tokenizer and its companions, for a pass.
 
@@ -479,7 +474,7 @@ def load_model(
             problems += anchor_problems(info, pieces[0])
     if problems:
         raise RefusedError(f"{path} cannot be loaded", problems)
-    items = own_items(info) if verify else []
+    items = text_items(info) + shared_items(info) if verify else []
     for piece in pieces if verify else ():
         items += slices.items(piece)
     found = loading.load(_sources(info, pieces), sharding_fn, items, together=together)

@@ -2,6 +2,7 @@
 """Verify: everything that can be wrong with an anchor, a model or a slice on disk."""
 
 from pathlib import Path
+from typing import Any
 
 from flexolmo_jax.errors import Problem, RefusedError
 from flexolmo_jax.experts import manifest as manifests
@@ -10,10 +11,13 @@ from flexolmo_jax.experts import slice as slices
 
 
 def verify(path: str | Path, note: onepass.Note | None = None) -> list[Problem]:
-    """Schema, then the digest of every file, then digest and finiteness of every leaf.
+    """Schema, names, sizes and layout; then, in one pass, every digest and every value.
 
-    Leaves are only read once all files are what they should be. Empty means nothing was found.
+    Arrays are only read once names, sizes and layout are right. Empty means nothing was found.
     Of a URL, every object is read again, whatever the cache of this machine holds.
+
+    Args:
+      note: called now and then with the bytes that were read and the bytes there are.
     """
     try:
         with remote.fresh():
@@ -53,7 +57,7 @@ def _verify_model(path: Path, note: onepass.Note | None) -> list[Problem]:
     if problems:
         return problems
     problems = model_dir.anchor_problems(info, pieces[0]) + slices.dtype_problems(pieces)
-    items = model_dir.own_items(info)
+    items = model_dir.text_items(info) + model_dir.shared_items(info)
     for piece in pieces:
         items += slices.items(piece)
     return problems + onepass.judge(items, note).problems
@@ -65,11 +69,35 @@ def identity(path: str | Path) -> dict[str, str]:
     Raises:
       RefusedError: its flexolmo.json cannot be used.
     """
-    value, problems = manifests.read(remote.local_dir(path))
-    if value is None:
-        raise RefusedError(f"{path} cannot be used", problems)
+    value = _content(path)
     if value["kind"] == "slice":
         own = {"manifest_digest": manifests.manifest_digest(value)}
     else:
         own = {"model_digest": value["model_digest"]}
     return {"anchor_digest": value["anchor_digest"], **own}
+
+
+def links(path: str | Path) -> dict[str, str]:
+    """Parts of a model that lie elsewhere; empty for a whole model and for a slice.
+
+    Raises:
+      RefusedError: its flexolmo.json cannot be used.
+    """
+    return _content(path).get("links", {})
+
+
+def trained_together(path: str | Path) -> str:
+    """`ModelInfo.trained_together`; "" for a slice.
+
+    Raises:
+      RefusedError: its flexolmo.json cannot be used.
+    """
+    value = _content(path)
+    return "" if value["kind"] == "slice" else str(value["training"].get("stage", ""))
+
+
+def _content(path: str | Path) -> dict[str, Any]:
+    value, problems = manifests.read(remote.local_dir(path))
+    if value is None:
+        raise RefusedError(f"{path} cannot be used", problems)
+    return value
