@@ -63,6 +63,21 @@ def test_an_expert_run_becomes_a_slice_that_can_be_stitched(runs, tmp_path):
     assert verify(tmp_path / "m") == []
 
 
+# Broken once by reading all weights at once.
+def test_weights_are_packaged_one_leaf_at_a_time(runs, tmp_path, monkeypatch):
+    read, restore = [], package.checkpoint.restore_tree
+
+    def counted(path, tree, *, only=None):
+        read.append(only)
+        return restore(path, tree, only=only)
+
+    monkeypatch.setattr(package.checkpoint, "restore_tree", counted)
+    package.package(runs / "anchor", tmp_path / "anchor")
+    package.package(runs / "code", tmp_path / "slice")
+    assert read and all(only is not None and len(only) == 1 for only in read)
+    assert file_bytes(tmp_path / "anchor") == file_bytes(runs / "A")
+
+
 def test_a_slice_says_nothing_about_the_machine_and_carries_no_state(runs, tmp_path):
     package.package(runs / "code", tmp_path / "s")
     content = file_bytes(tmp_path / "s")

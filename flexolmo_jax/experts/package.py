@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from flexolmo_jax import checkpoint, distributed
 from flexolmo_jax import tree as trees
@@ -179,12 +180,60 @@ def read_final(workdir: str | Path) -> Final:
 
 def read_params(final: Final) -> trees.Tree:
     """The weights in W/final as numpy arrays."""
+    return checkpoint.restore_tree(final.path / PARAMS, _saved(final))
+
+
+def _saved(final: Final) -> trees.Tree:
+    """Shapes that the stage says, in the dtypes that were saved."""
     saved = checkpoint.read_metadata(final.path / PARAMS)
     wanted = {
         name: jax.ShapeDtypeStruct(x.shape, saved[name].dtype if name in saved else x.dtype)
         for name, x in expected(final.stage, final.config).items()
     }
-    return checkpoint.restore_tree(final.path / PARAMS, trees.unflatten(wanted))
+    return trees.unflatten(wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lazy:
+    """A leaf in W/final that is read when its values are wanted, and kept by nobody.
+
+    Many hosts may have written it in parts, and one host need not have room for all leaves.
+
+    Attributes:
+      wanted: the whole tree that it is part of.
+      slot: the only slot that it stands for, of a leaf [L, E, ...]; None is all.
+    """
+
+    folder: Path
+    name: str
+    wanted: trees.Tree
+    slot: int | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """As it was saved."""
+        return np.dtype(trees.flatten(self.wanted)[self.name].dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Without the slot axis, if one slot was taken."""
+        shape = trees.flatten(self.wanted)[self.name].shape
+        return shape if self.slot is None else (shape[0], *shape[2:])
+
+    def __getitem__(self, index: tuple[slice, int]) -> "_Lazy":
+        """`leaf[:, slot]`, which is what taking a slot needs."""
+        return dataclasses.replace(self, slot=index[1])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        found = checkpoint.restore_tree(self.folder, self.wanted, only=[self.name])[self.name]
+        array = found if self.slot is None else found[:, self.slot]
+        return array if dtype is None else array.astype(dtype)
+
+
+def _lazy_params(final: Final) -> trees.Tree:
+    """The weights in W/final, each read when it is written elsewhere."""
+    wanted = _saved(final)
+    return trees.map_named(lambda name, _: _Lazy(final.path / PARAMS, name, wanted), wanted)
 
 
 def package(
@@ -210,7 +259,7 @@ def package(
     final = read_final(run_dir)
     card = read_card(data_card)
     recipe = without_paths(final.recipe)
-    params = read_params(final)
+    params = read_params(final) if final.stage == "router" else _lazy_params(final)
     if final.stage == "expert":
         return _package_slice(final, out, params, recipe, card)
     if final.stage == "router":
