@@ -21,7 +21,7 @@ from pathlib import Path
 
 from flexolmo_jax.pods import process
 
-os.environ.update(process.ENVIRONMENT)
+os.environ.update(process.environment())
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
