@@ -61,7 +61,8 @@ def _stated(i: Instruction, key: str) -> float:
 def _splash(i: Instruction, name: str, operands: Sequence[Instruction]) -> float:
     """2·T·S·H per product, head and row, over the blocks that a causal mask leaves."""
     arrays = [a for o in operands for a in o.arrays if a.dtype in ("bf16", "f32")]
-    heads = [a.shape for a in arrays if len(a.shape) >= 3 and a.shape[-1] >= 64]
+    # Queries and keys come first.
+    heads = [a.shape for a in arrays if len(a.shape) >= 3]
     if len(heads) < 2:
         return 0.0
     *rows, length, width = heads[0]

@@ -71,7 +71,7 @@ def _time(plan: Mapping[str, Any]) -> list[str]:
         f"MFU {100 * mfu['low']:.1f} to {100 * mfu['high']:.1f} %",
         f"FLOPs per chip: model {f['model'] / chips / 1e12:.4g} T, "
         f"compiled {f['compiled'] / chips / 1e12:.4g} T, "
-        f"{100 * f['recomputed_share']:.0f} % of them recomputed or beside the model",
+        f"{100 * max(0.0, f['recomputed_share']):.0f} % of them recomputed or beside the model",
         "seconds            low      high",
         _row("matrix products", parts["products"], parts["products"]),
         _row("Mosaic kernels", parts["kernels"]["low"], parts["kernels"]["high"]),
