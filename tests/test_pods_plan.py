@@ -106,7 +106,10 @@ def test_advice_recomputes_more_then_takes_fewer_rows_then_more_chips():
     assert changes[0] == "--config.exec.remat=full"
     assert changes[1] == "--config.exec.remat=full --config.optim.accumulate=2"
     assert changes[2] == "--config.exec.remat=full --config.optim.accumulate=4"
-    assert changes[3].startswith("--config.exec.remat=full --topology v5e:2x4")
+    wider = "--config.exec.remat=full --topology"
+    assert changes[3] == f"{wider} v5e:2x4 --config.optim.accumulate=2"
+    # Sixteen rows are one for each of so many chips, and no more chips have less to do.
+    assert changes[4:] == [f"{wider} v5e:4x4", f"{wider} v5e:4x8 --rows 32"]
 
 
 def test_advice_begins_where_it_may_fit():

@@ -118,15 +118,14 @@ def _nearest(target: Target, plan: Plan) -> Iterator[tuple[str, Target]]:
         yield said + change, smaller
     for larger in _larger(target.topology):
         wider = dataclasses.replace(target, topology=larger)
-        shape = f"--topology {larger.name}"
-        if wider.trains:
-            pieces = max(1, wider.run.data.batch_rows // wider.groups)
-            yield (
-                f"{said}{shape} --config.optim.accumulate={pieces}",
-                wider.with_rows(wider.run.data.batch_rows, pieces),
-            )
-        else:
-            yield f"{shape} --rows {wider.groups}", wider.with_rows(wider.groups)
+        pieces = max(1, wider.run.data.batch_rows // wider.groups) if wider.trains else 1
+        rows = wider.groups * pieces
+        change = f"{said}--topology {larger.name}"
+        if rows != wider.run.data.batch_rows:
+            change += f" --rows {rows}"
+        if pieces != wider.run.optim.accumulate:
+            change += f" --config.optim.accumulate={pieces}"
+        yield change, wider.with_rows(rows, pieces)
 
 
 def _fewer_rows(target: Target, plan: Plan) -> Iterator[tuple[str, Target]]:
