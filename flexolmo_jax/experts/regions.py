@@ -51,8 +51,8 @@ def read_values(path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarr
     if there is None:  # Copied, as mapped files count as resident memory.
         flat = np.fromfile(path, dtype, count=count, offset=first)
     else:
-        data = client.read_range(there[0], first, first + count * dtype.itemsize, there[1])
-        flat = np.frombuffer(bytearray(data), dtype)
+        flat = np.empty(count, dtype)
+        client.read_into(there[0], first, flat.view(np.uint8).data, there[1])
     if flat.size != count:
         raise CheckpointError(
             "The file of a leaf is too short",

@@ -2,8 +2,8 @@
 """Model and slice directories of a URL, on this machine: verified copies, or regions read there.
 
 A directory is copied into the cache when it is opened, an expert of a model when that expert is;
-every file is checked against the manifest on its way. Within `by_region`, large files stay where
-they are: each process checks its share of their bytes and then reads only the regions it needs.
+every file is checked against the manifest on its way. In a run of several processes large files
+stay where they are: each process checks its share of them and then reads only the regions it needs.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from flexolmo_jax.errors import Problem, RefusedError
 from flexolmo_jax.experts import leafio, regions
@@ -27,7 +26,7 @@ from flexolmo_jax.storage import cache, client, output, urls
 EXPERTS = "experts"
 # Files that describe arrays or tokens; what is larger is not ours.
 MAX_SMALL = 64 << 20
-_LARGE = 8 << 20
+LARGE = 8 << 20
 _ORIGIN = ".origin"
 
 
@@ -57,7 +56,7 @@ def fresh() -> Iterator[None]:
 def by_region(index: int, count: int) -> Iterator[None]:
     """Within it, large files are not copied; this process checks one share in `count` of them.
 
-    Every process must open the same directories in the same order.
+    What the processes of a run do by themselves.
     """
     token = _share.set(_Share(index, count))
     try:
@@ -96,13 +95,13 @@ def _view(url: str, target: Path | None = None) -> Path:
     wanted, problems = _wanted(url, value, listing)
     if problems:
         raise RefusedError(f"{url} cannot be used", problems)
-    share = _share.get()
+    share = _share.get() or _share_of_run()
     view = target or cache.view_path(url, hashlib.sha256(data).hexdigest())
     if share is not None and target is None:
         view = view.with_name(view.name + regions.MARK)
     there: dict[str, cache.Wanted] = {}
     if share is not None:
-        there = {name: w for name, w in wanted.items() if w.size >= _LARGE}
+        there = {name: w for name, w in wanted.items() if w.size >= LARGE}
         problems += _check_share(there, share)
     here = {name: w for name, w in wanted.items() if name not in there}
     blobs, found = cache.fetch(url, here, again=_fresh.get())
@@ -170,19 +169,16 @@ def _sizes(value: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _check_share(there: Mapping[str, cache.Wanted], share: _Share) -> list[Problem]:
-    """Problems in this process's share; a problem of another process is one of all."""
-    problems: list[Problem] = []
+    """Problems in this process's share; no run goes on when one of its processes refuses."""
     mine = [w for i, w in enumerate(there.values()) if i % share.count == share.index]
-    for w in mine:
-        problems += cache.check(w)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    return [problem for w in mine for problem in cache.check(w)]
 
-        bad = multihost_utils.process_allgather(np.int32(len(problems)))
-        if bad.sum() and not problems:
-            message = "another process found it changed; its message says which file"
-            problems.append(Problem("file-digest", mine[0].url if mine else "", "", message))
-    return problems
+
+def _share_of_run() -> _Share | None:
+    """The share of this process in a run of several; asked without starting a device."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return None
+    return _Share(jax.process_index(), jax.process_count())
 
 
 def final_dir(run: str | Path, folder: str, name: str) -> Path:

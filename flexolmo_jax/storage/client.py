@@ -195,6 +195,18 @@ def read_range(url: str, start: int, stop: int, etag: str | None = None) -> byte
     return data
 
 
+def read_into(url: str, start: int, out: memoryview, etag: str | None = None) -> None:
+    """Fills memory with the bytes of an object from `start` on, several parts at once."""
+
+    def fill(at: int) -> None:
+        stop = min(at + PART, len(out))
+        out[at:stop] = read_range(url, start + at, start + stop, etag)
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        for job in [pool.submit(fill, at) for at in range(0, len(out), PART)]:
+            job.result()
+
+
 def stream(url: str, size: int, etag: str | None = None) -> Iterator[bytes]:
     """An object's bytes in order, in parts; the next ones are fetched meanwhile."""
     starts = range(0, size, PART)
