@@ -28,6 +28,8 @@ EXPERTS = "experts"
 MAX_SMALL = 64 << 20
 LARGE = 8 << 20
 _ORIGIN = ".origin"
+# What this process has checked where it lies; a version of an object does not change.
+_checked: set[cache.Wanted] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +172,13 @@ def _sizes(value: Mapping[str, Any]) -> dict[str, int]:
 
 def _check_share(there: Mapping[str, cache.Wanted], share: _Share) -> list[Problem]:
     """Problems in this process's share; no run goes on when one of its processes refuses."""
-    mine = [w for i, w in enumerate(there.values()) if i % share.count == share.index]
-    return [problem for w in mine for problem in cache.check(w)]
+    problems: list[Problem] = []
+    for i, w in enumerate(there.values()):
+        if i % share.count == share.index and w not in _checked:
+            found = cache.check(w)
+            problems += found
+            _checked.update(() if found else (w,))
+    return problems
 
 
 def _share_of_run() -> _Share | None:
