@@ -6,7 +6,7 @@ product a tile of 16 MiB at most. The options travel with the program, so a pod 
 compile the same; nothing depends on the environment.
 """
 
-import jax
+from typing import Any
 
 # Weights of the next product travel while this one is computed.
 OVERLAP = {
@@ -21,7 +21,7 @@ OVERLAP = {
 FUSION_KIB = {"TPU v5 lite": 65536, "TPU v5": 65536, "TPU v6": 98304}
 
 
-def options(device: jax.Device) -> dict[str, str] | None:
+def options(device: Any) -> dict[str, str] | None:
     """Options of `jax.jit` for a training step on such devices; None leaves the defaults."""
     if device.platform != "tpu":
         return None

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of sorted rows with the matrix of their slot, forward and backward by grouped kernels.
 
-  ragged_dot  `jax.lax.ragged_dot_general`: XLA's own kernel on TPU. Elsewhere XLA multiplies every
-              row with every slot, which is right and slow.
-  megablox    the Pallas kernel that jax ships for TPU, with tiles chosen here.
+  ragged_dot  `jax.lax.ragged_dot_general`: XLA's own kernel on TPU, which keeps a slot's matrix in
+              the core while 128 rows at a time pass by. XLA has none for the gradient of the
+              matrices and multiplies every row for every slot: megablox makes that one. Off TPU
+              all products are such masked ones, right and slow.
+  megablox    the Pallas kernels that jax ships for TPU, with tiles chosen here.
 
 Both leave rows past the last slot unwritten. Here they are zero, and nothing that such a row holds
 (NaN included) reaches a gradient.
@@ -17,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 Kernel = Literal["ragged_dot", "megablox"]
-# Rows of a tile: the largest that divides them; fewer than the last are filled up with zeros.
-ROW_TILES = (512, 256, 128)
+# Rows of a tile: the largest that divides them; fewer than the last are filled up with zeros. A
+# tile that two slots share is computed twice, so large ones waste more.
+ROW_TILES = (256, 128)
 # Columns of a tile, of what is summed over and of what is kept.
 COLUMN_TILE = 1024
 
@@ -81,8 +84,16 @@ def _ragged(x_RC, w_EDF, sizes_E, transpose: bool, _):
     return jax.lax.ragged_dot_general(x_RC, w_EDF, sizes_E, dims)
 
 
-def _ragged_transposed(x_RD, dy_RF, sizes_E, _):
+def _ragged_transposed(x_RD, dy_RF, sizes_E, interpret: bool):
     """The sum over a slot's rows of the outer products, for each slot."""
+    return jax.lax.platform_dependent(
+        *(x_RD, dy_RF, sizes_E),
+        tpu=functools.partial(_megablox_transposed, interpret=interpret),
+        default=_masked_transposed,
+    )
+
+
+def _masked_transposed(x_RD, dy_RF, sizes_E):
     dims = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())),
         lhs_ragged_dimensions=[0],

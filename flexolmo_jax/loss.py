@@ -7,6 +7,7 @@ compiler, left to itself, does both for each chunk.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,16 +50,17 @@ def token_losses(
         return _chunked(run.loss_chunk, vocab, hidden_BTD, w_DV, targets_BT)
 
     rows = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(
+    nll_BT, z_BT = jax.shard_map(
         device,
         mesh=run.mesh,
         in_specs=(rows, PartitionSpec(embed, vocab), rows),
         out_specs=(rows, rows),
         check_vma=False,
     )(hidden_BTD, w_DV, targets_BT)
+    return nll_BT, z_BT
 
 
-def _chunked(chunk: int, vocab_axis, hidden_BTD, w_DV, targets_BT):
+def _chunked(chunk: int, vocab_axis, hidden_BTD, w_DV, targets_BT) -> Any:
     """`token_losses` of the rows of one device; 0 chooses the chunk."""
     B, T = targets_BT.shape
     most = chunk or max(1, DEVICE_TOKENS // B)
@@ -73,11 +75,11 @@ def _chunked(chunk: int, vocab_axis, hidden_BTD, w_DV, targets_BT):
         return _losses(vocab_axis, args[0], w_DV, args[1])
 
     nll, z = jax.lax.map(one, (chunks(hidden_BTD), chunks(targets_BT)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, T) for x in (nll, z))
+    return jnp.moveaxis(nll, 0, 1).reshape(B, T), jnp.moveaxis(z, 0, 1).reshape(B, T)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(vocab_axis, hidden_BCD, w_DV, target_BC):
+def _losses(vocab_axis, hidden_BCD, w_DV, target_BC) -> Any:
     """`token_losses` of one chunk; a mesh axis may hold the columns of the unembedding."""
     return _losses_forward(vocab_axis, hidden_BCD, w_DV, target_BC)[0]
 

@@ -5,6 +5,8 @@ Scores never leave the core's own memory, forward or backward, and tiles after a
 computed. Tiles between two documents are: the kernel plans its tiles before it sees the row.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -74,7 +76,7 @@ def _local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, interpret: bool):
         # Mapped dimensions are the ones that both cores of a chip share out, backward too.
         return jax.vmap(lambda *heads: attend(*heads, segment_ids=ids))(q_KGTH, k_KSH, v_KSH)
 
-    out_BKGTH = jax.vmap(row)(q.reshape(-1, K, N // K, length, H), k, v, ids_BT)
+    out_BKGTH: Any = jax.vmap(row)(q.reshape(-1, K, N // K, length, H), k, v, ids_BT)
     out_BTNH = out_BKGTH.reshape(-1, N, length, H).swapaxes(1, 2)[:, :T]
     # To the kernel the padding of a row is one more document; elsewhere it sees nothing.
     return jnp.where((segments_BT > 0)[:, :, None, None], out_BTNH, 0)

@@ -14,7 +14,7 @@ def test_options_by_device():
 
     def limit(kind):
         device = types.SimpleNamespace(platform="tpu", device_kind=kind)
-        found = compiler.options(device)
+        found = compiler.options(device) or {}
         assert found.items() >= compiler.OVERLAP.items()
         return found.get("xla_tpu_scoped_vmem_limit_kib")
 
