@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from flexolmo_jax import moe_kernels, moe_parallel
 from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.layers import swiglu
+from flexolmo_jax.remat import OUTPUT, keep
 from flexolmo_jax.router import Routing
 
 Group = Mapping[str, jax.Array]
@@ -106,7 +107,8 @@ def mixture(
             by_shard(x, 1)[0] for x in (x_BTD, routing.index_BTA, routing.weight_BTA)
         )
         bound = index.shape[0] * min(index.shape[1], len(weights[0]))
-        return kernels.tokens(x, index, weight, *weights, bound=bound).reshape(x_BTD.shape)
+        y_MD = kernels.tokens(x, index, weight, *weights, bound=bound)
+        return keep(y_MD.reshape(x_BTD.shape), OUTPUT)
     shards, n_slots = n_shards(mesh), len(weights[0])
     index_SMA = by_shard(routing.index_BTA, shards, n_slots)
     y_SMD = moe_parallel.sharded(
@@ -119,7 +121,8 @@ def mixture(
         per_slot=slot_capacity(index_SMA, n_slots, capacity),
         mesh=mesh,
     )
-    return from_shards(y_SMD, x_BTD.shape)
+    # Kept by name, so that a backward pass need not move rows and multiply again for the norm.
+    return keep(from_shards(y_SMD, x_BTD.shape), OUTPUT)
 
 
 def n_shards(mesh: Mesh | None) -> int:
@@ -231,13 +234,6 @@ def _used(x_BTD: jax.Array, groups: Sequence[Group], routing: Routing) -> jax.Ar
             *(active_BT1, combine_BTE[..., slot, None], x_BTD, *weights),
         )
     return y_BTD.astype(x_BTD.dtype)
-
-
-def _slots(groups: Sequence[Group]) -> Iterator[list[jax.Array]]:
-    """The three matrices of each slot, over all groups in order."""
-    for group in groups:
-        for i in range(len(group["w_gate"])):
-            yield [group[name][i] for name in WEIGHTS]
 
 
 def _slots(groups: Sequence[Group]) -> Iterator[list[jax.Array]]:

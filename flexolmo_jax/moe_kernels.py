@@ -22,6 +22,7 @@ import numpy as np
 
 from flexolmo_jax import grouped
 from flexolmo_jax.layers import swiglu
+from flexolmo_jax.remat import HIDDEN, keep
 
 # Rows of a block: large enough for a matmul to reach speed, small enough to waste little padding.
 BLOCK_ROWS = 128
@@ -113,40 +114,52 @@ spread.defvjp(_spread_forward, _spread_backward)
 
 
 @jax.custom_vjp
-def combine(y_RD: jax.Array, weight_MA: jax.Array, order: Order) -> jax.Array:
-    """The weighted sum of each token's rows, [M, D]."""
-    return _combine(y_RD, order.dest_MA, weight_MA, y_RD.dtype)
+def combine(y_RD: jax.Array, order: Order) -> jax.Array:
+    """The sum of each token's rows, [M, D]: what `spread` is the gradient of."""
+    y_MAD = _gather(y_RD, order.dest_MA).astype(jnp.float32)
+    return jnp.sum(y_MAD, axis=1).astype(y_RD.dtype)
 
 
-def _combine(y_rows, dest_MA, weight_MA, dtype):
-    y_MAD = _gather(y_rows, dest_MA).astype(jnp.float32)
-    return jnp.sum(weight_MA[..., None] * y_MAD, axis=1).astype(dtype)
+def _combine_forward(y_RD, order):
+    return combine(y_RD, order), order
 
 
-def _combine_forward(y_RD, weight_MA, order):
-    return combine(y_RD, weight_MA, order), (y_RD, weight_MA, order)
-
-
-def _combine_backward(saved, dy_MD):
-    """In rows: one gather of dy, and scalars for the combine weights."""
-    y_RD, weight_MA, order = saved
-    dy_RD = _gather(dy_MD, order.token_R)
-    weight_R1 = _gather(weight_MA.reshape(-1, 1), order.assignment_R)
-    products_RD = y_RD.astype(jnp.float32) * dy_RD.astype(jnp.float32)
-    dweight_R1 = jnp.sum(products_RD, axis=-1, keepdims=True)
-    dweight_MA = _gather(dweight_R1, order.dest_MA)[..., 0].astype(weight_MA.dtype)
-    dy_RD = (dy_RD * weight_R1).astype(y_RD.dtype)
-    return dy_RD, dweight_MA, jax.tree.map(no_gradient, order)
+def _combine_backward(order, dy_MD):
+    return _gather(dy_MD, order.token_R), jax.tree.map(no_gradient, order)
 
 
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-def grouped_rows(x_RD, sizes_E, w_gate, w_up, w_down, *, kernel: grouped.Kernel = "ragged_dot"):
-    """What each slot gives for its rows; rows after the last slot's are zero."""
+@jax.custom_vjp
+def weight_of_rows(weight_MA: jax.Array, order: Order) -> jax.Array:
+    """The combine weight of each row, [R, 1]; 0 where the row is empty."""
+    return _gather(weight_MA.reshape(-1, 1), order.assignment_R)
+
+
+def _weight_forward(weight_MA, order):
+    return weight_of_rows(weight_MA, order), order
+
+
+def _weight_backward(order, dweight_R1):
+    return _gather(dweight_R1, order.dest_MA)[..., 0], jax.tree.map(no_gradient, order)
+
+
+weight_of_rows.defvjp(_weight_forward, _weight_backward)
+
+
+def grouped_rows(
+    x_RD, weight_R1, sizes_E, w_gate, w_up, w_down, *, kernel: grouped.Kernel = "ragged_dot"
+):
+    """What each slot gives for its rows, times their weights; rows after the last slot's are zero.
+
+    The weights are applied before the last product: their gradient then needs no result of it, and
+    a backward pass that recomputes leaves it out.
+    """
     product = functools.partial(grouped.grouped_matmul, sizes_E=sizes_E, kernel=kernel)
-    hidden_RF = jax.nn.silu(product(x_RD, w_gate)) * product(x_RD, w_up)
-    return product(hidden_RF, w_down)
+    gate_RF, up_RF = keep(product(x_RD, w_gate), HIDDEN), keep(product(x_RD, w_up), HIDDEN)
+    hidden_RF = jax.nn.silu(gate_RF) * up_RF
+    return product((hidden_RF * weight_R1).astype(x_RD.dtype), w_down)
 
 
 def grouped_tokens(
@@ -154,8 +167,8 @@ def grouped_tokens(
 ):
     """Sorted rows through three grouped products."""
     order = sort(index_MA, weights[0].shape[0], bound)
-    y_RD = grouped_rows(spread(x_MD, order), order.sizes_E, *weights, kernel=kernel)
-    return combine(y_RD, weight_MA, order)
+    rows = spread(x_MD, order), weight_of_rows(weight_MA, order), order.sizes_E
+    return combine(grouped_rows(*rows, *weights, kernel=kernel), order)
 
 
 # ---- Blocks of rows. --------------------------------------------------------------------------
@@ -223,6 +236,12 @@ def blocked(x_MD, index_MA, weight_MA, w_gate, w_up, w_down, *, bound: int):
     """Sorted rows in blocks of one slot each; only blocks that hold rows are computed."""
     rows = _block_rows(bound, w_gate.shape[0])
     return _blocked(rows, bound, x_MD, weight_MA, index_MA, w_gate, w_up, w_down)
+
+
+def _combine(y_rows, dest_MA, weight_MA, dtype):
+    """The weighted sum of each token's rows."""
+    y_MAD = _gather(y_rows, dest_MA).astype(jnp.float32)
+    return jnp.sum(weight_MA[..., None] * y_MAD, axis=1).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -22,6 +22,7 @@ that is twice the mean; grouped kernels compute only rows that hold an assignmen
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,21 +40,20 @@ class Kernels:
 
     Attributes:
       tokens: (x_MD, index_MA, weight_MA, w_gate, w_up, w_down, bound=) -> y_MD.
-      rows: (x_RD, sizes_E, w_gate, w_up, w_down) -> y_RD.
+      rows: (x_RD, weight_R1, sizes_E, w_gate, w_up, w_down) -> y_RD.
     """
 
-    tokens: Callable[..., jax.Array]
-    rows: Callable[..., jax.Array]
+    tokens: Callable[..., Any]
+    rows: Callable[..., Any]
 
 
-def _rows_as_tokens(kernel: Callable[..., jax.Array]) -> Kernels:
+def _rows_as_tokens(kernel: Callable[..., Any]) -> Kernels:
     """Rows are tokens with one assignment each."""
 
-    def rows(x_RD, sizes_E, *weights):
+    def rows(x_RD, weight_R1, sizes_E, *weights):
         R = x_RD.shape[0]
         index_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(R), side="right")
-        ones_R1 = jnp.ones((R, 1), jnp.float32)
-        return kernel(x_RD, index_R.astype(jnp.int32)[:, None], ones_R1, *weights, bound=R)
+        return kernel(x_RD, index_R.astype(jnp.int32)[:, None], weight_R1, *weights, bound=R)
 
     return Kernels(kernel, rows)
 
@@ -164,9 +164,12 @@ def _all_to_all(x_MD, index_MA, weight_MA, weights, *, kernels, per_slot: int, t
     plan, received = _plan(order.sizes_E, mine), _bound(index_MA, mine, per_slot)
     x_RD = moe_kernels.spread(x_MD, order)
     x_RD = _move(twin, received, sent, x_RD, plan.out, plan.back)
-    y_RD = kernels.rows(x_RD, plan.sizes_E, *weights)
+    # One number per row: gathering all of them costs less than a message for each.
+    weight_R1 = moe_kernels.weight_of_rows(weight_MA, order)
+    weight_R1 = _move(True, received, sent, weight_R1, plan.out, plan.back)
+    y_RD = kernels.rows(x_RD, weight_R1, plan.sizes_E, *weights)
     y_RD = _move(twin, sent, received, y_RD, plan.back, plan.out)
-    return moe_kernels.combine(y_RD, weight_MA, order)
+    return moe_kernels.combine(y_RD, order)
 
 
 @jax.tree_util.register_dataclass
