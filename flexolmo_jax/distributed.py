@@ -8,6 +8,7 @@ happens inside `together`, or the others would wait for it without end.
 
 import atexit
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -38,6 +39,9 @@ COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX
 SETTINGS = (COORDINATOR, COUNT, INDEX)
 # A process that ends waits so long for the others: all ended well are seconds apart.
 SHUTDOWN_S = 30
+# The first process may hash terabytes while the others wait for what it finds.
+WAIT_S = 3600
+_MEETINGS = itertools.count()
 _AGREED = "every process of the run stopped for this"
 _SHARED = {c.__name__: c for c in (CheckpointError, ConfigError, DataError, TrainingError)}
 _SHARED["RefusedError"] = CheckpointError
@@ -48,6 +52,8 @@ LEAVE_S = 20
 def start(environment: Mapping[str, str] | None = None) -> bool:
     """Joins the other processes of this run, before any device is used; True for the first.
 
+    A process that has joined already stays as it is.
+
     Told by `SETTINGS`, all three or (one process) `COUNT` alone. Without them a TPU pod (Cloud TPU
     VMs, GKE, several slices) and a slurm step of several tasks are recognised, and what is
     neither is a run of one process.
@@ -56,6 +62,8 @@ def start(environment: Mapping[str, str] | None = None) -> bool:
       ConfigError: settings that are incomplete or wrong.
       MachineError: the processes did not find each other.
     """
+    if jax.distributed.is_initialized():
+        return first()
     environment = os.environ if environment is None else environment
     told = _told(environment)
     if told is None and not _is_pod(environment):
@@ -204,7 +212,7 @@ class together:  # noqa: N801 (used as a function: `with together("reading")`)
         return None
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        failed = _failures(error)
+        failed = _failures(error, self._what)
         if error is not None:
             if several():
                 error.add_note(_AGREED)
@@ -218,10 +226,32 @@ class together:  # noqa: N801 (used as a function: `with together("reading")`)
             raise agreed(problem)
 
 
-def _failures(error: BaseException | None) -> dict[int, tuple[str, str]]:
+def _meet(what: str) -> None:
+    """Waits on the host until all processes are here: a wait on a device has no end.
+
+    Raises:
+      MachineError: another process did not come in `WAIT_S`, or is gone.
+    """
+    # Not needed by one process, and slow to import.
+    from orbax.checkpoint import multihost
+
+    key = f"flexolmo/{next(_MEETINGS)}/{what}"
+    try:
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=WAIT_S * 1000)
+    except RuntimeError as e:
+        raise MachineError(
+            "Not all processes of this run came to the same point",
+            got=e,
+            where=what,
+            fix="see the logs of the others, then start the same command again on all hosts",
+        ) from e
+
+
+def _failures(error: BaseException | None, what: str) -> dict[int, tuple[str, str]]:
     """Process to class and text of its error, of those that have one."""
     if not several():
         return {}
+    _meet(what)
     mine = b"" if error is None else json.dumps([type(error).__name__, str(error)[:2000]]).encode()
     sizes = multihost_utils.process_allgather(np.int32(len(mine)))
     if not sizes.any():
@@ -247,6 +277,7 @@ def array_from_first(array: np.ndarray) -> np.ndarray:
     """The first process's bits of a small array that each has computed: hosts may round apart."""
     if not several():
         return array
+    _meet("taking over an array")
     return np.frombuffer(_broadcast(array.tobytes()), array.dtype).reshape(array.shape)
 
 

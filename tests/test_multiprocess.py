@@ -315,9 +315,17 @@ def test_their_slices_are_stitched_here_and_evaluated_on_another_mesh(world):
     shutil.copytree(world.texts.own, root / "data/own/heldout")
     score = functools.partial(runner.evaluate, root / "model", ["bpb"], data=root / "data")
     before = runner.evaluate(root / "anchor", ["bpb"], data=root / "data", n_rows=8)
+    command = (sys.executable, "-m", "flexolmo_jax", "eval", "--model", str(root / "model"))
+    command += ("--data", str(root / "data"), "--rows", "8", "--json", str(root / "bpb.json"))
+    env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    job = Job("eval", command, env=env, resources=Resources(processes=2), workdir=str(root))
+    (result,) = run_plan(Plan("eval", str(root), (job,))).values()
+    assert result.status == "done", Path(result.log).read_text()
+    two = json.loads((root / "bpb.json").read_text())["bpb"]["own"]["value"]
     whole = score(n_rows=8)["bpb"]["own"]["value"]
     spread = score(n_rows=8, grid=mesh.make_mesh(4, 1, 2))["bpb"]["own"]["value"]
     assert spread == pytest.approx(whole, rel=ORDER)
+    assert two == pytest.approx(whole, rel=ORDER)
     assert whole < before["bpb"]["own"]["value"]
 
 

@@ -2,10 +2,12 @@
 """Score a model on tasks and texts, with all experts, some, or all but some."""
 
 import argparse
+import io
 import sys
 import time
 from typing import Any, TextIO
 
+from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.jobs.progress import clock
 
 # Between lines of progress where one cannot be written over.
@@ -68,35 +70,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates, prints a table and returns the result."""
-    import jax
+    from flexolmo_jax import distributed
 
-    from flexolmo_jax import mesh
-    from flexolmo_jax.tasks import runner, table
+    with distributed.session() as first:
+        if distributed.several() and args.tasks != ["bpb"]:
+            problem = ConfigError(
+                "Tasks are scored by one process; several share the work of bpb only",
+                got=", ".join(args.tasks),
+                where="--tasks",
+                fix="run tasks on one host, which may have any number of devices",
+            )
+            raise distributed.agreed(problem)
+        line = Line(sys.stderr if first else io.StringIO())
+        try:
+            result = _evaluate(args, line)
+        finally:
+            line.end()
+        if first:
+            _show(result)
+        else:
+            args.json = None
+        return result
 
-    line = Line(sys.stderr)
-    try:
-        result = runner.evaluate(
-            args.model,
-            args.tasks,
-            allow=args.allow,
-            deny=args.deny,
-            active=args.active,
-            limit=args.limit,
-            data=args.data,
-            n_rows=args.rows,
-            seq_len=args.seq_len,
-            scores=args.scores,
-            sweep=args.sweep,
-            batch_tokens=args.batch_tokens,
-            grid=mesh.make_mesh() if jax.device_count() > 1 else None,
-            report=line,
-        )
-    finally:
-        line.end()
+
+def _show(result: dict[str, Any]) -> None:
+    from flexolmo_jax.tasks import table
+
     print(table.render(result))
     if result["trained_together"]:
         print(TOGETHER.format(stage=result["trained_together"]))
-    return result
+
+
+def _evaluate(args: argparse.Namespace, line: "Line") -> dict[str, Any]:
+    import jax
+
+    from flexolmo_jax import mesh
+    from flexolmo_jax.tasks import runner
+
+    return runner.evaluate(
+        args.model,
+        args.tasks,
+        allow=args.allow,
+        deny=args.deny,
+        active=args.active,
+        limit=args.limit,
+        data=args.data,
+        n_rows=args.rows,
+        seq_len=args.seq_len,
+        scores=args.scores,
+        sweep=args.sweep,
+        batch_tokens=args.batch_tokens,
+        grid=mesh.make_mesh() if jax.device_count() > 1 else None,
+        report=line,
+    )
 
 
 class Line:
