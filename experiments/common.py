@@ -184,6 +184,13 @@ def pick(table: dict[str, dict[str, Any]], size: str) -> dict[str, Any]:
     return table[size]
 
 
+def planned_model(table: dict[str, dict[str, Any]], arg: str) -> dict[str, Any]:
+    """Fields of `ModelConfig` of the size in an argument whose other keys do not matter here."""
+    given = dict(item.split("=", 1) for item in arg.split(",") if "=" in item)
+    size = given.get("size", "tiny")
+    return {**pick(table, size), "router": router(size)}
+
+
 def router(size: str) -> dict[str, Any]:
     """Fields of `RouterConfig` of a size, dense or stitched."""
     if size == "tiny":

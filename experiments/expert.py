@@ -71,8 +71,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def get_model(arg: str = "") -> dict[str, Any]:
-    """Fields of the anchor's `ModelConfig`, so that a job can be planned before there is one."""
-    size = ConfigDict(dict(item.split("=", 1) for item in arg.split(",") if "=" in item)).get(
-        "size", "tiny"
-    )
-    return {**common.pick(common.sizes(), size), "router": common.router(size)}
+    """Fields of the anchor's `ModelConfig`, to plan the job before there is an anchor."""
+    return common.planned_model(common.sizes(), arg)

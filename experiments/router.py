@@ -15,6 +15,8 @@ Argument: size, model (a stitched model), proxies (token-shard directories with 
 joined by +), public (the same for public text).
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import common
@@ -36,3 +38,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.sources = tuple(common.source(f"{f}/train", public=True) for f in folders)
     config.data.heldout = tuple(common.source(f"{f}/heldout", public=True) for f in folders)
     return config
+
+
+def get_model(arg: str = "") -> dict[str, Any]:
+    """Fields of the stitched model's `ModelConfig`, to plan the job before it is stitched."""
+    return common.planned_model(common.stitched_sizes(), arg)

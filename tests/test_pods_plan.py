@@ -318,3 +318,9 @@ def test_a_plan_has_the_documented_keys(monkeypatch):
     for key in ("step_s", "mfu", "tokens_per_s_per_chip"):
         assert set(found[key]) == {"low", "high"} and found[key]["low"] <= found[key]["high"]
     assert chips.parse(found["topology"]) == t.topology
+
+
+def test_a_router_job_is_planned_before_the_model_is_stitched(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    t = read(f"{ROOT}/experiments/router.py:size=8x7b")
+    assert (t.stage, t.model.n_slots, t.model.n_active) == ("router", 8, 4)
