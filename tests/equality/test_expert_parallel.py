@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax import mesh, model, moe, router
+from flexolmo_jax import mesh, model, moe, moe_kernels, moe_parallel, router
 from flexolmo_jax.sharding import PARAM_RULES, spec_for
 
 TOLERANCE = 2e-5
@@ -124,21 +124,66 @@ def test_all_tokens_on_one_slot_and_none_on_the_others(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("fill", [np.nan, np.inf, "random"], ids=str)
 def test_a_denied_slot_may_hold_anything(strategy, fill):
-    """Rows that may not use slot 2 keep every bit, while row 1 uses it."""
+    """Rows that may not use slot 0 keep every bit, while row 1 uses it; row 3 has one slot only."""
     inputs = draw(4)
-    allowed = jnp.ones((8, 8), bool).at[:, 2].set(False).at[1, 2].set(True)
-    inputs["logits"] = inputs["logits"].at[1, :, 2].set(9.0)
+    allowed = jnp.ones((8, 8), bool).at[:, 0].set(False).at[1, 0].set(True)
+    allowed = allowed.at[3].set(jnp.arange(8) == 5)
+    inputs["logits"] = inputs["logits"].at[1, :, 0].set(9.0)
     value = 7 * inputs["w_up"][3, 0, 0] if fill == "random" else fill
-    spoilt = {n: x.at[2].set(value) if n in moe.WEIGHTS else x for n, x in inputs.items()}
+    spoilt = {n: x.at[0].set(value) if n in moe.WEIGHTS else x for n, x in inputs.items()}
     options = {"shape": (2, 4, 1), "dispatch": "blocked", "strategy": strategy}
     want, got = run(inputs, allowed, **options), run(spoilt, allowed, **options)
     others = np.delete(np.arange(8), 1)
     for name in ("y", "x", "logits"):
         np.testing.assert_array_equal(got[name][others], want[name][others], err_msg=name)
     for name in moe.WEIGHTS:
-        kept = np.delete(np.arange(8), 2)
-        np.testing.assert_array_equal(got[name][kept], want[name][kept], err_msg=name)
+        np.testing.assert_array_equal(got[name][1:], want[name][1:], err_msg=name)
     assert not np.array_equal(got["y"][1], want["y"][1], equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1)], ids=str)
+def test_the_twin_moves_rows_as_the_collective_is_documented(shape):
+    """Against `jax.lax.ragged_all_to_all` written out in NumPy: on a TPU that does the moving."""
+    grid, n = mesh.make_mesh(*shape), shape[1]
+    mine, M = 8 // n, 6
+    index = jnp.asarray(np.random.default_rng(6).integers(0, 9, (8, M, A)), jnp.int32)
+    x = jnp.arange(1.0, 1 + 8 * M).reshape(8, M, 1)
+    received = n * M * min(A, mine)
+
+    def device(index_1MA, x_1MD):
+        order = moe_kernels.sort(index_1MA[0], 8, M * A)
+        plan = moe_parallel._plan(order.sizes_E, mine)
+        rows = moe_kernels.spread(x_1MD[0], order)
+        there = moe_parallel._move(True, received, M * A, rows, plan.out, plan.back)
+        again = moe_parallel._move(True, M * A, received, there, plan.back, plan.out)
+        return jax.tree.map(lambda a: a[None], (plan, rows, there, again))
+
+    batch = jax.P(mesh.BATCH_AXES)
+    moved = jax.shard_map(
+        device, mesh=grid, in_specs=(batch, batch), out_specs=batch, check_vma=False
+    )
+    plan, rows, there, again = jax.device_get(jax.jit(moved)(index, x))
+    for way, sent, arrived in ((plan.out, rows, there), (plan.back, there, again)):
+        for first in range(0, 8, n):
+            np.testing.assert_array_equal(
+                arrived[first : first + n], collective(way, sent, arrived, first, n)
+            )
+    np.testing.assert_array_equal(again, rows)
+    assert there.any() and not there.all()
+
+
+def collective(way, sent, like, first, n):
+    """The documented meaning of `ragged_all_to_all` for one group of n devices."""
+    out = np.zeros_like(like[first : first + n])
+    for sender in range(n):
+        starts, sizes, targets = (
+            a[first + sender] for a in (way.input_offsets, way.send_sizes, way.output_offsets)
+        )
+        for i, (start, size, at) in enumerate(zip(starts, sizes, targets, strict=True)):
+            receiver, piece = divmod(i, len(sizes) // n)
+            out[receiver, at : at + size] = sent[first + sender, start : start + size]
+            assert way.recv_sizes[first + receiver].reshape(n, -1)[sender, piece] == size
+    return out
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
