@@ -149,7 +149,8 @@ class Consortium:
         shape = common.stitched_sizes()[self.stitched]
         options = ["--slots", str(shape["n_slots"]), "--active", str(shape["n_active"])]
         options += [word for path in slices for word in ("--expert", path)]
-        needs = tuple(f"package:{o.id}" for o in self.owners)
+        parts = (() if self.anchor else ("anchor",)) + tuple(o.id for o in self.owners)
+        needs = tuple(f"package:{name}" for name in parts)
         command = ("stitch", "--anchor", self._anchor_path, *options, "--out", model)
         stitch = self._cpu("stitch", command, needs, (self._anchor_path, *slices), (model,))
         verify = self._cpu("verify", ("verify", model), ("stitch",), (model,), ())
