@@ -13,8 +13,9 @@ HF_PYTEST_ARGS ?= -q -n auto --dist loadgroup
 # `make test-pods PODS=` compiles the programs of whole pods too.
 PODS ?= not slow_pods
 PODS_BIN := .venv-pods/bin
+BEAM_BIN := .venv-beam/bin
 
-.PHONY: setup demo test test-hf test-pods unit lint types format clean
+.PHONY: setup demo test test-hf test-pods test-beam unit lint types format clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed
@@ -53,6 +54,15 @@ test-pods: .venv-pods/.installed
 .venv-pods/.installed: setup.cfg pyproject.toml
 	test -x $(PODS_BIN)/python || $(PYTHON) -m venv .venv-pods
 	$(PODS_BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,tpu]'
+	@touch $@
+
+# Apache Beam asks for older protobuf and pyarrow than the rest is tested with.
+test-beam: .venv-beam/.installed
+	@$(BEAM_BIN)/python -m pytest -q tests/test_beam_prepare.py tests/test_corpus_prepare.py $(ARGS)
+
+.venv-beam/.installed: setup.cfg pyproject.toml
+	test -x $(BEAM_BIN)/python || $(PYTHON) -m venv .venv-beam
+	$(BEAM_BIN)/python -m pip install -q --disable-pip-version-check -e '.[beam,language,demo,dev]'
 	@touch $@
 
 lint: setup
