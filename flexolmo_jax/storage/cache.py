@@ -77,7 +77,9 @@ def fetch(
     Raises:
       MachineError: too little room, or no answer from the store.
     """
-    missing = {w.digest: w for w in wanted.values() if not _holds(_blob(w.digest), w.size)}.values()
+    missing = [w for w in wanted.values() if again or not _holds(_blob(w.digest), w.size)]
+    if not again:  # Equal files travel once.
+        missing = list({w.digest: w for w in missing}.values())
     total = sum(w.size for w in missing)
     problems: list[Problem] = []
     if missing:
@@ -167,7 +169,7 @@ def keep(data: bytes) -> Path:
     blob = _blob(hashlib.sha256(data).hexdigest())
     if not _holds(blob, len(data)):
         blob.parent.mkdir(parents=True, exist_ok=True)
-        part = blob.with_name(f"{blob.name}.{os.getpid()}.{threading.get_ident()}.part")
+        part = _own(blob)
         part.write_bytes(data)
         part.chmod(0o444)
         os.replace(part, blob)
@@ -202,7 +204,12 @@ def mirror(url: str, listing: Mapping[str, client.Entry]) -> Path:
 def note(path: Path, text: str) -> None:
     """Writes a small file of the cache, which another process may be writing too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
+    write_text(path, text, _own(path))
+
+
+def _own(path: Path) -> Path:
+    """A name beside `path` that no other thread or process uses."""
+    return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
 
 
 def lay_out(view: Path, files: Mapping[str, Path], hollow: Mapping[str, int] | None = None) -> Path:
