@@ -14,12 +14,13 @@ from flexolmo_jax.mesh import BATCH_AXES
 
 MeshAxes = str | tuple[str, ...] | None
 
-# Parameters: FSDP on the embed dimension over every axis that holds different rows, which for the
-# matrices of experts leaves `data`; tensor parallel over `model`.
+# Parameters: FSDP over `data` on the embed dimension. Over `expert` as well it would be cut into
+# pieces of less than 128, which the TPU compiler gathers by adding up whole arrays of zeros (8x7b
+# on 128 chips: all-reduces of the full size). Tensor parallel over `model`.
 PARAM_RULES: dict[str, MeshAxes] = {
     "layer": None,
     "expert": "expert",
-    "embed": BATCH_AXES,
+    "embed": "data",
     "expert_embed": "data",
     "heads": "model",
     "kv_heads": "model",
