@@ -110,7 +110,7 @@ def stitched(work: Path, **options: Any) -> None:
     """From the slices to a model."""
     plan = stitch.plan(work / "in/anchor", sorted((work / "in/slices").iterdir()))
     result = stitch.execute(plan, work / "out", **options)
-    print(json.dumps({"bytes_copied": result["bytes_copied"], "peak": result["peak_host_gib"]}))
+    print(json.dumps({"copied_gib": result["bytes_copied"] / GIB}))
 
 
 def verified(work: Path) -> None:
@@ -142,7 +142,7 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "verify linked": verified,
     "load linked": loaded,
 }
-KEEPS_OUT = ("verify", "load", "verify linked", "load linked", "load, unverified")
+MAKES_OUT = ("cp", "cp and sync", "stitch", "link")
 
 
 def run_stage(name: str, work: Path) -> None:
@@ -153,11 +153,12 @@ def run_stage(name: str, work: Path) -> None:
         jax.devices()
     started = time.perf_counter()
     STAGES[name](work)
-    print(json.dumps({"seconds": time.perf_counter() - started}))
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "peak_gib": stitch.peak_host_gib()}))
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Figures that a command prints as JSON lines, processor seconds and peak resident GiB."""
+    """Figures that a command prints as JSON lines, and the processor seconds of all of it."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -169,13 +170,12 @@ def measured(command: list[str]) -> dict[str, float]:
     out = {"seconds": time.perf_counter() - started}
     for line in text.splitlines():
         out |= json.loads(line) if line.startswith("{") else {}
-    busy = usage.ru_utime + usage.ru_stime
-    return {**out, "busy": busy, "peak_gib": usage.ru_maxrss * 1024 / GIB}
+    return {**out, "busy": usage.ru_utime + usage.ru_stime}
 
 
 def measure(stage: str, work: Path) -> dict[str, float]:
     """One stage, from a cold page cache."""
-    if stage not in KEEPS_OUT:
+    if stage in MAKES_OUT:
         shutil.rmtree(work / "out", ignore_errors=True)
     forget_pages(work)
     if stage == "cp":

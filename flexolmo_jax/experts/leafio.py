@@ -321,7 +321,8 @@ def _read_box(
         read(offset + first * row, out)
         return
     step = BLOCK // (row * out.itemsize)
-    if inner and (not step or run_bytes(shape[1:], inner, out.itemsize) >= RUN):
+    apart = last - first == 1 or not step or run_bytes(shape[1:], inner, out.itemsize) >= RUN
+    if inner and apart:
         for i in range(first, last):
             _read_box(read, offset + i * row, shape[1:], tuple(inner), out[i - first])
         return

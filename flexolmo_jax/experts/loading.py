@@ -111,7 +111,6 @@ def load(
     items: Sequence[onepass.Item],
     *,
     together: bool = False,
-    budget: int = BUDGET,
 ) -> Loaded:
     """Checks files, then makes the arrays; by their shardings, numpy arrays where there is none.
 
@@ -120,12 +119,11 @@ def load(
     Args:
       items: files to check first; none trusts them.
       together: each process checks a share of the items, and all refuse what one finds.
-      budget: bytes of shards on the host at a time; a single larger one is read alone.
     """
     judged = _judged_together(items) if together else onepass.judge(items)
     if judged.problems:
         return Loaded({}, judged.problems)
-    arrays = place(sources, sharding_fn, budget)
+    arrays = place(sources, sharding_fn)
     # Files of a linked model are not this model's alone: they must be the ones that were checked.
     changed = [
         Problem("changed-while-read", str(path), "", "it was checked, then changed or replaced")
@@ -147,23 +145,22 @@ def _judged_together(items: Sequence[onepass.Item]) -> onepass.Judged:
     return judged
 
 
-def place(
-    sources: Mapping[str, Source], sharding_fn: ShardingFn | None, budget: int = BUDGET
-) -> dict[str, Any]:
-    """The arrays, several shards at a time."""
+def place(sources: Mapping[str, Source], sharding_fn: ShardingFn | None) -> dict[str, Any]:
+    """The arrays; several shards at a time, of `BUDGET` bytes together or one that is larger."""
     targets = {n: sharding_fn(n, s.shape) if sharding_fn else None for n, s in sources.items()}
     plans = {name: target and readable(sources[name], target) for name, target in targets.items()}
-    held, jobs = Budget(budget), {}
+    held, jobs, out = Budget(BUDGET), {}, {}
     with concurrent.futures.ThreadPoolExecutor(onepass.workers()) as pool:
         for name, source in sources.items():
             jobs[name] = [
                 pool.submit(_shard, source, region, devices, held)
                 for region, devices in _regions(source, plans[name]).items()
             ]
-        return {
-            name: _assemble(sources[name], plans[name], targets[name], [j.result() for j in parts])
-            for name, parts in jobs.items()
-        }
+        for name, source in sources.items():
+            # Taken out, as a job would keep its shards beside the array that they became.
+            shards = [job.result() for job in jobs.pop(name)]
+            out[name] = _assemble(source, plans[name], targets[name], shards)
+    return out
 
 
 def _regions(source: Source, sharding: Sharding | None) -> dict[leafio.Region, list[Any]]:

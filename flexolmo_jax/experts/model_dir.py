@@ -334,8 +334,7 @@ def link_problems(info: ModelInfo, part: str) -> list[Problem]:
     path = info.part_path(part)
     if part not in info.links or path.is_dir():
         return []
-    message = f"{info.path} links its {part} to {info.links[part]}, and nothing is there any more; "
-    message += "bring it back, or stitch again from where it is now"
+    message = f"{info.path} links its {part} to {info.links[part]}, and nothing is there any more"
     return [Problem("link-broken", str(path), "", message)]
 
 
@@ -368,8 +367,7 @@ def shared_file_problems(info: ModelInfo) -> list[Problem]:
     here = {SHARED} - set(info.links)
     known = {EXPERTS, TOKENIZER, manifests.NAME, *here}
     companions = _inside(info, COMPANIONS)
-    if companions:
-        known.add(COMPANIONS)
+    known |= {COMPANIONS} if companions else set()
     for entry in sorted(info.path.iterdir()):
         if entry.is_symlink():
             out.append(Problem("symlink", str(entry), "", "symbolic links are not followed"))
@@ -411,8 +409,8 @@ def text_items(info: ModelInfo, target: Path | None = None) -> list[onepass.Item
 def shared_items(info: ModelInfo, target: Path | None = None) -> list[onepass.Item]:
     """The shared weights, for a pass; `target` as in `text_items`."""
     folder, to = info.shared_path, None if target is None else target / SHARED
-    files = _inside(info, SHARED)
-    return slices.tree_items(folder, files, "", info.content["shared"], str(folder), to)
+    table = info.content["shared"]
+    return slices.tree_items(folder, _inside(info, SHARED), "", table, str(folder), to)
 
 
 def _inside(info: ModelInfo, folder: str) -> dict[str, str]:
