@@ -26,6 +26,7 @@ from flexolmo_jax.data.verify_shards import LENGTHS, SIDECAR
 from flexolmo_jax.errors import ConfigError, DataError, MachineError, nearest
 from flexolmo_jax.files import require_space
 from flexolmo_jax.storage import client, urls
+from flexolmo_jax.storage.output import require_free
 from flexolmo_jax.tree import canonical_json, file_digest, json_digest
 
 Progress = Callable[[str], None]
@@ -149,6 +150,8 @@ def prepare_corpus(
             places.remove(stage)
         progress(f"kept {out}: {found['tokens']:,} tokens, verified")
         return found
+    if places.is_url(out) and _noted(stage) is None:
+        require_free(out, SIDECAR)
     with _held(stage, noted, progress):
         places.write(assembly.tokenizer_place(stage), tokenize.locate(tokenizer).read_bytes())
         stamps = _read(works, options, stage, engine, progress)
@@ -456,7 +459,8 @@ def _finish(
 
 def _publish(work: Path, out: str, names: set[str]) -> None:
     """Writes what makes the shards under a URL valid, after removing those of an earlier try."""
-    stale = [n for n in places.sizes(out) if n.endswith(".array_record") and n not in names]
+    own = {shards.file_name(k) for k in range(assembly.MAX_SHARDS)}
+    stale = [n for n in places.sizes(out) if n in own and n not in names]
     if stale:
         client.delete(out, stale)
     places.put(work / LENGTHS, f"{out}/{LENGTHS}")

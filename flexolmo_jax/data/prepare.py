@@ -17,6 +17,7 @@ from flexolmo_jax.data.filters import parse as parse_filters
 from flexolmo_jax.data.shards import is_shard_dir, open_shards, write_shards
 from flexolmo_jax.data.staging import Options
 from flexolmo_jax.errors import ConfigError, DataError
+from flexolmo_jax.storage import urls
 from flexolmo_jax.tree import json_digest
 
 Progress = Callable[[str], None]
@@ -282,6 +283,8 @@ def prepare_command(
     if out is None and train_vocab is None:
         raise ConfigError("Nothing to do", fix="give --out DIR, or --train-tokenizer VOCAB")
     result: dict[str, Any] = {}
+    if corpus is None and any(urls.as_url(place) for place in (*sources, out or "")):
+        corpus = {}  # object storage is read and written by that way alone
     if train_vocab is not None:
         documents = collect(sources, split, max_bytes=max_bytes, seed=seed)
         train_tokenizer(documents, train_vocab, tokenizer, progress=progress)

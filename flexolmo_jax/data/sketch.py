@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 
 # Two texts are near when the sets of their runs of `RUN` words overlap by about `NEAR` (Jaccard).
-# Texts are only compared if they share one of `BANDS` bands of `HASHES / BANDS` minima: at an overlap
+# Only texts that share one of `BANDS` bands of `HASHES / BANDS` minima are compared: at an overlap
 # of 0.5, 0.6, 0.7, 0.8 and 0.9 with a chance of 47, 80, 97.5, 99.96 and 100 %.
 RUN, HASHES, BANDS, NEAR = 5, 100, 20, 0.7
 # One byte of each minimum is kept to compare by; two that differ agree in it once in 256 times.
