@@ -207,7 +207,8 @@ class Consortium:
         shape = tuned if name == "router" else f"anchor.py:size={self.size}"
         command = [*PROGRAM, "train", "--config", config, "--workdir", run]
         if where.topology and self.size != "tiny":
-            rows = common.PAPER_BATCH["batch_rows"]
+            router = name == "router"
+            rows = common.PAPER_ROUTER_ROWS if router else common.PAPER_BATCH["batch_rows"]
             pieces = max(1, rows // (where.chips() * where.rows))
             command.append(f"--config.optim.accumulate={pieces}")
         return Job(

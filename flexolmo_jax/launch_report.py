@@ -4,7 +4,6 @@
 import dataclasses
 import importlib.util
 import itertools
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from flexolmo_jax import configfile
 from flexolmo_jax.errors import ConfigError, FlexOlmoError
 from flexolmo_jax.jobs import cost, launching, slices, tools
+from flexolmo_jax.jobs.launching import Planned
 from flexolmo_jax.jobs.plan import Job
 from flexolmo_jax.pods import process
 from flexolmo_jax.pods.process import Request
@@ -68,14 +68,14 @@ def command_of(request: Request) -> tuple[str, ...]:
 
 def report(
     jobs: Iterable[Job], tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
-) -> dict[str, list[str]]:
-    """Lines on the memory, speed and cost of each job with something to compile.
+) -> dict[str, Planned]:
+    """The memory, speed and cost of each job with something to compile.
 
     Without libtpu the lines say which command gives them. Jobs that differ in nothing that the
     compiler sees are compiled once.
     """
-    known: dict[str, list[str]] = {}
-    out: dict[str, list[str]] = {}
+    known: dict[str, Planned] = {}
+    out: dict[str, Planned] = {}
     for job in jobs:
         request = request_of(job)
         if request is None:
@@ -83,13 +83,14 @@ def report(
         try:
             tokens, digest = _recipe(request)
         except ConfigError as error:
-            out[job.name] = [f"its configuration is wrong: {error}"]
+            out[job.name] = Planned((f"its configuration is wrong: {error}",))
+            continue
+        if not available():
+            out[job.name] = _without(request, tokens)
             continue
         if digest not in known:
             known[digest] = _ask(request, tokens, slices.chips(job) * job.resources.slices, tell)
         out[job.name] = known[digest]
-        if not available():
-            out[job.name] = _without(request, tokens)
     return out
 
 
@@ -111,16 +112,14 @@ def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def _ask(request: Request, tokens: int, chips: int, tell: Callable[[str], None]) -> list[str]:
-    if not available():
-        return []
+def _ask(request: Request, tokens: int, chips: int, tell: Callable[[str], None]) -> Planned:
     try:
-        return launching.cost_lines(process.plan(request, tell), tokens, chips)
+        return launching.planned(process.plan(request, tell), tokens, chips)
     except FlexOlmoError as error:
-        return [f"the planner refused: {error}", shlex.join(command_of(request))]
+        return Planned((f"the planner refused: {error}", *tools.wrapped(command_of(request))))
 
 
-def _without(request: Request, tokens: int) -> list[str]:
+def _without(request: Request, tokens: int) -> Planned:
     lines = [f"{cost.amount(tokens)} tokens"] if tokens else []
     words = tools.wrapped(command_of(request))
-    return [*lines, "memory and speed: install flexolmo-jax[tpu], then", *words]
+    return Planned((*lines, "memory and speed: install flexolmo-jax[tpu], then", *words))

@@ -172,7 +172,8 @@ def test_the_planner_is_asked_once_per_program(monkeypatch):
     monkeypatch.setattr(launch_report.process, "plan", plan)
     monkeypatch.setattr(launch_report, "available", lambda: True)
     jobs = launching.select(launching_plan(), [])
-    lines = launch_report.report(jobs)
+    reports = launch_report.report(jobs)
+    lines = {name: said.lines for name, said in reports.items()}
     trained = [r for r in asked if not r.stage]
     # The anchor, an expert on each of three kinds of slice, and the router.
     assert len(trained) == 5
@@ -190,6 +191,13 @@ def test_the_planner_is_asked_once_per_program(monkeypatch):
     # 50e9 tokens / 4000 / 3600 chip-hours, on 64 chips.
     assert "50.0B tokens: 3,472 to 6,944 chip-hours, 2.3 days to 4.5 days" in lines["train:news"]
     assert "stitch" not in lines
+    table = launching.cost_table(jobs, reports)
+    assert len(table) == 2 + 1 + 7 + 1 + 1
+    assert "| train:news | v5p 4x4x4 (64 chips, 16 hosts) | 50.0B | 3,472 to 6,944 |" in table[8]
+    # 1.0T, seven times 50B, and 5B tokens in smaller batches.
+    tokens = ((238_419 + 7 * 11_921) * 1024 + 9537 * 128) * 4096
+    total = [tokens / speed / 3600 for speed in (4000, 2000)]
+    assert table[-1] == f"| all | | | {total[0]:,.0f} to {total[1]:,.0f} | |"
 
 
 def launching_plan():
@@ -201,7 +209,7 @@ def launching_plan():
 def test_without_the_compiler_the_command_is_said(monkeypatch):
     monkeypatch.setattr(launch_report, "available", lambda: False)
     jobs = launching.select(launching_plan(), [])
-    lines = launch_report.report(jobs)
+    lines = {name: said.lines for name, said in launch_report.report(jobs).items()}
     for name, said in lines.items():
         start = next(i for i, line in enumerate(said) if "install flexolmo-jax[tpu]" in line) + 1
         words = shlex.split("\n".join(said[start:]).replace("\\\n", " "))
@@ -217,8 +225,8 @@ def test_a_wrong_configuration_is_said_before_anything_runs():
     bad = job(
         "train:x", "flexolmo", "train", "--config", "experiments/anchor.py:size=9b", resources=tpu()
     )
-    (lines,) = launch_report.report([bad]).values()
-    assert "its configuration is wrong" in lines[0] and "9b" in lines[0]
+    (said,) = launch_report.report([bad]).values()
+    assert "its configuration is wrong" in said.lines[0] and "9b" in said.lines[0]
     odd = job("x", planned=("--shape", "y"), resources=tpu())
     with pytest.raises(ConfigError, match="Not an option for the planner"):
         launch_report.report([odd])

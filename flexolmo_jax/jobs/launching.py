@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `flexolmo launch` does for every back end: choose, check, show, run."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import ConfigError, nearest
 from flexolmo_jax.jobs import cost, gke, remote, settings, slices, slurm, stamps, tools, tpu_vm
+from flexolmo_jax.jobs.cost import Cost
 from flexolmo_jax.jobs.plan import Job, Plan, order
 from flexolmo_jax.jobs.remote import Backend
 
 REMOTE = {"gke": gke.Gke, "tpu-vm": tpu_vm.TpuVm, "slurm": slurm.Slurm}
 NOBODY = "nobody"
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What the planner says of a job: lines for people and, of a training job, its cost."""
+
+    lines: tuple[str, ...] = ()
+    cost: Cost | None = None
 
 
 def select(plan: Plan, owners: Sequence[str]) -> list[Job]:
@@ -57,13 +67,13 @@ def show(
     backend: Backend,
     jobs: list[Job],
     *,
-    reports: Mapping[str, Sequence[str]],
+    reports: Mapping[str, Planned],
     out: Path | None,
 ) -> dict[str, Any]:
     """Prints what a launch would do, and does none of it; writes the files if `out` is given.
 
     Args:
-      reports: job name to lines on its memory, speed and cost.
+      reports: job name to its memory, speed and cost.
     """
     where = remote.folder(plan, backend) if out is None else out
     actions = {j.name: "skip" if _is_recorded(plan, backend, j) else "run" for j in jobs}
@@ -78,15 +88,23 @@ def show(
         if actions[job.name] == "skip":
             print("up to date: would be skipped")
             continue
-        for name, text in _lines(job, backend, where, reports.get(job.name, ())):
+        for name, text in _lines(job, backend, where, reports.get(job.name, Planned()).lines):
             print(f"{name:<10}{text}")
         if out is None:
             for name, text in backend.files(job).items():
                 print(f"--- {name}\n{text}", end="")
         else:
             written += [str(p) for p in remote.write_files(job, backend, out)]
-    print(f"\nnothing was run{f'; {len(written)} files in {out}' if out else ''}")
-    return {"plan": plan.to_json(), "backend": backend.name, "actions": actions, "files": written}
+    table = cost_table(jobs, reports)
+    print("\n".join(["", *table, ""] if table else [""]), end="")
+    print(f"nothing was run{f'; {len(written)} files in {out}' if out else ''}")
+    return {
+        "plan": plan.to_json(),
+        "backend": backend.name,
+        "actions": actions,
+        "files": written,
+        "planned": {name: dataclasses.asdict(said) for name, said in reports.items()},
+    }
 
 
 def _lines(job: Job, backend: Backend, where: Path, report: Sequence[str]) -> list[tuple[str, str]]:
@@ -124,24 +142,47 @@ def _taken_as_there(jobs: list[Job]) -> list[str]:
     return list(dict.fromkeys(n for j in jobs for n in j.needs if n not in names))
 
 
-def cost_lines(result: Mapping[str, Any], tokens: int, chips: int) -> list[str]:
-    """What `flexolmo plan` found for a job, and what the whole job costs at that speed."""
+def planned(result: Mapping[str, Any], tokens: int, chips: int) -> Planned:
+    """The answer of `flexolmo plan` for a job, and what the whole job costs at that speed."""
     hbm = result["hbm_gib"]
     word = "FITS" if result["fits"] else "DOES NOT FIT"
     lines = [f"{word}: {hbm['total']:.1f} of {hbm['limit']:.1f} GiB per chip"]
-    speed = result.get("tokens_per_s_per_chip")
-    if not speed:
-        return lines
+    speed, mfu = result.get("tokens_per_s_per_chip"), result.get("mfu")
+    if not speed or not mfu:
+        return Planned(tuple(lines))
     low, high = speed["low"], speed["high"]
-    mfu = result["mfu"]
     lines.append(
         f"{cost.amount(low)} to {cost.amount(high)} tokens/s/chip, "
         f"MFU {100 * mfu['low']:.0f} to {100 * mfu['high']:.0f} %"
     )
-    if tokens:
-        c = cost.cost(tokens, chips, (low, high))
-        lines.append(
-            f"{cost.amount(tokens)} tokens: {c.chip_hours[0]:,.0f} to {c.chip_hours[1]:,.0f} "
-            f"chip-hours, {cost.duration(c.hours[0])} to {cost.duration(c.hours[1])}"
+    if not tokens:
+        return Planned(tuple(lines))
+    c = cost.cost(tokens, chips, (low, high))
+    lines.append(
+        f"{cost.amount(tokens)} tokens: {_range(c.chip_hours)} chip-hours, "
+        f"{cost.duration(c.hours[0])} to {cost.duration(c.hours[1])}"
+    )
+    return Planned(tuple(lines), c)
+
+
+def _range(pair: tuple[float, float]) -> str:
+    return " to ".join(f"{n:,.0f}" if n >= 10 else f"{n:.2g}" for n in pair)
+
+
+def cost_table(jobs: Sequence[Job], reports: Mapping[str, Planned]) -> list[str]:
+    """Lines of a Markdown table: what each training job costs, and all together."""
+    rows, total = [], [0.0, 0.0]
+    for job in jobs:
+        c = reports[job.name].cost if job.name in reports else None
+        if c is None:
+            continue
+        total = [a + b for a, b in zip(total, c.chip_hours, strict=True)]
+        time = f"{cost.duration(c.hours[0])} to {cost.duration(c.hours[1])}"
+        where = slices.describe(job)
+        rows.append(
+            f"| {job.name} | {where} | {cost.amount(c.tokens)} | {_range(c.chip_hours)} | {time} |"
         )
-    return lines
+    if not rows:
+        return []
+    head = ["| job | runs on | tokens | chip-hours | time |", "| --- | --- | --- | --- | --- |"]
+    return [*head, *rows, f"| all | | | {_range((total[0], total[1]))} | |"]
