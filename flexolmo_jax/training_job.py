@@ -93,24 +93,16 @@ def build(config: RunConfig) -> TrainingJob:
       CheckpointError, RefusedError: an anchor that cannot be read or trusted.
     """
     e = config.exec
-    grid = mesh.make_mesh(e.mesh_data, e.mesh_expert, e.mesh_model)
+    with distributed.together("laying out the mesh"):
+        grid = mesh.make_mesh(e.mesh_data, e.mesh_expert, e.mesh_model)
     start = {"expert": _expert_job, "router": _router_job}.get(config.stage, _new_model_job)
     return start(config, grid)
 
 
 def _new_model_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     """Stages "anchor" and "joint": everything starts from drawn parameters."""
-    assert config.model is not None  # RunConfig refuses these stages without one
-    if (config.model.n_slots == 1) != (config.stage == "anchor"):
-        raise ConfigError(
-            "An anchor is dense: experts come by stitching, not by training together"
-            if config.stage == "anchor"
-            else "A joint mixture needs more slots than one",
-            got=f"n_slots={config.model.n_slots}, stage={config.stage}",
-            where="RunConfig.model",
-            fix='use stage "anchor" for one slot and "joint" for a mixture',
-        )
-    program = programs.training(config, config.model, grid)
+    with distributed.together("planning the step"):
+        program, tokenizer = _new_program(config, grid), tokenize.locate(config.tokenizer)
     key = jax.random.key(config.seed)
 
     def part(index: int, places: tree.Tree) -> Callable[[], tree.Tree]:
@@ -122,9 +114,21 @@ def _new_model_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     # Router row and bias start as constants, so any key gives the same frozen leaves.
     frozen = part(1, program.arguments["frozen"])()
     initial = part(0, program.arguments["state"]["params"])
-    return _job(
-        config, program, frozen=frozen, initial=initial, tokenizer=tokenize.locate(config.tokenizer)
-    )
+    return _job(config, program, frozen=frozen, initial=initial, tokenizer=tokenizer)
+
+
+def _new_program(config: RunConfig, grid: Mesh) -> programs.Program:
+    assert config.model is not None  # RunConfig refuses these stages without one
+    if (config.model.n_slots == 1) != (config.stage == "anchor"):
+        raise ConfigError(
+            "An anchor is dense: experts come by stitching, not by training together"
+            if config.stage == "anchor"
+            else "A joint mixture needs more slots than one",
+            got=f"n_slots={config.model.n_slots}, stage={config.stage}",
+            where="RunConfig.model",
+            fix='use stage "anchor" for one slot and "joint" for a mixture',
+        )
+    return programs.training(config, config.model, grid)
 
 
 def _drawn(config: ModelConfig, stage: str, key: jax.Array) -> tree.Tree:
@@ -170,13 +174,6 @@ def _expert_job(config: RunConfig, grid: Mesh) -> TrainingJob:
 
 def _router_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     info, program = _start(config, grid)
-    if info.is_anchor:
-        raise ConfigError(
-            "Router tuning needs a model with experts",
-            got="an anchor",
-            where=config.anchor,
-            fix="stitch one with flexolmo stitch",
-        )
     rows, kept = stages.split("router", _load(config, program))
     frozen = _cast(kept, program.arguments["frozen"])
     if len(info.slots) < info.config.n_slots:
@@ -197,7 +194,14 @@ def _start(config: RunConfig, grid: Mesh) -> tuple[model_dir.ModelInfo, programs
     """What the model that a stage starts from says of itself, and the program for it."""
     with distributed.together("reading the model that the stage starts from"):
         info = model_dir.read_info(config.anchor)
-    return info, programs.training(config, info.config, grid)
+        if config.stage == "router" and info.is_anchor:
+            raise ConfigError(
+                "Router tuning needs a model with experts",
+                got="an anchor",
+                where=config.anchor,
+                fix="stitch one with flexolmo stitch",
+            )
+        return info, programs.training(config, info.config, grid)
 
 
 def _load(config: RunConfig, program: programs.Program) -> tree.Tree:
@@ -223,13 +227,15 @@ def _job(
     config: RunConfig, program: programs.Program, *, tokenizer: Path, **rest: Any
 ) -> TrainingJob:
     """The part of a job that does not depend on the stage."""
-    known = tokenize.vocab_size(tokenize.load(tokenizer))
-    if known > program.config.vocab_size:
-        raise ConfigError(
-            "The tokenizer has more ids than the model has embeddings",
-            got=f"{known} ids, vocab_size={program.config.vocab_size}",
-            where=tokenizer,
-        )
+    with distributed.together("reading the tokenizer"):
+        digest = tree.file_digest(tokenizer)
+        known = tokenize.vocab_size(tokenize.load(tokenizer))
+        if known > program.config.vocab_size:
+            raise ConfigError(
+                "The tokenizer has more ids than the model has embeddings",
+                got=f"{known} ids, vocab_size={program.config.vocab_size}",
+                where=tokenizer,
+            )
     logger.info(
         "stage %s: dispatch %s, compute %s, mesh %s, %d trainable parameters",
         config.stage,
@@ -242,6 +248,6 @@ def _job(
         config=config,
         program=program,
         tokenizer=tokenizer,
-        tokenizer_digest=tree.file_digest(tokenizer),
+        tokenizer_digest=digest,
         **rest,
     )

@@ -244,8 +244,7 @@ def test_processes_that_end_well_make_a_job_that_is_done(world):
     assert f"step {STEPS}/{STEPS}" in said[0] and "step" not in said[1]
 
 
-# Broken once by giving every process the rows of process 0, and by skipping the all-reduce of a
-# held-out score.
+# Broken once by giving every process the first rows of each batch.
 def test_two_processes_train_as_one_does(world, monkeypatch):
     config, workdir = world.configs["narrow"], world.root / "runs" / "narrow"
     want = alone(config, world.root / "alone", 4, monkeypatch)
@@ -283,7 +282,6 @@ def test_a_killed_process_fails_the_job_which_goes_on_to_the_same_bits(world):
     assert bay == cape
 
 
-# Broken once by letting each process choose the step to restore: the run hung.
 def test_all_processes_pass_over_a_damaged_checkpoint(world):
     text = (world.root / "jobs" / "bay.log").read_text()
     assert f"damaged checkpoint passed over: [file-digest] {world.steps_left[-1]}/state" in text
@@ -352,6 +350,7 @@ except DataError as error:
 """
 
 
+# Broken once by leaving the processes to JAX (they aborted each other), and by telling nobody.
 @pytest.mark.parametrize("how", ["alone", "together"])
 def test_a_fault_of_one_process_ends_all_of_them_soon(tmp_path, how):
     resources = Resources(processes=2)
@@ -364,6 +363,19 @@ def test_a_fault_of_one_process_ends_all_of_them_soon(tmp_path, how):
     assert "A shard is torn" in Path(result.log).read_text()
     if how == "together":
         assert "Process 1 of this run failed at reading" in local.log_path(plan, job).read_text()
+
+
+def test_every_process_says_why_a_configuration_cannot_run(tmp_path):
+    config = run_config(toy.texts(tmp_path), "anchor", (4, 1, 1))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_rows=6))
+    (tmp_path / "runs").mkdir()
+    job = train_job(tmp_path, "odd", config, 2, 2)
+    plan = Plan("odd", str(tmp_path), (job,))
+    (result,) = run_plan(plan).values()
+    assert (result.status, result.exit_code) == ("failed", 2)
+    for index in range(2):
+        said = local.log_path(plan, job, index).read_text()
+        assert "The batch does not divide over devices" in said
 
 
 CHECKPOINTS = """
