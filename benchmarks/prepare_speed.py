@@ -39,6 +39,7 @@ class Way:
     one_thread: bool = False
 
 
+DOMAINS = [*corpora.PUBLIC, *corpora.CLOSED, *corpora.UNSEEN]
 ONE = "RAYON_NUM_THREADS"
 WAYS = (
     Way("in memory", ()),
@@ -52,10 +53,10 @@ WAYS = (
 )
 
 
-def write_text(folder: Path, files: int, copies: int) -> dict[str, int]:
+def write_text(folder: Path, files: int, copies: int, domains: list[str]) -> dict[str, int]:
     """The corpora as files; `copies` times, every further time with a mark on each word."""
     texts: list[str] = []
-    for domain in (*corpora.PUBLIC, *corpora.CLOSED, *corpora.UNSEEN):
+    for domain in domains:
         try:
             texts += [e.text for part in corpora.parts(domain).values() for e in part]
         except AssetError:
@@ -100,13 +101,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--files", type=int, default=16)
     parser.add_argument("--copies", type=int, default=1, help="times the text, in other words")
+    parser.add_argument("--domains", nargs="*", default=DOMAINS)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--only", nargs="*", default=[w.name for w in WAYS])
     args = parser.parse_args()
     if args.workdir.exists():
         raise SystemExit(str(ConfigError("The workdir exists", where=args.workdir)))
     text = args.workdir / "text"
-    facts = write_text(text, args.files, args.copies)
+    facts = write_text(text, args.files, args.copies, args.domains)
     train_tokenizer([Document(t, str(i)) for i, t in enumerate(sample(text))], args.vocab, text)
     tokenizer = (text / "tokenizer.json").rename(args.workdir / "tokenizer.json")
     size = facts["text_bytes"] / 1e6
