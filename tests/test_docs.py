@@ -11,9 +11,11 @@ import pytest
 from flexolmo_jax import configfile
 from flexolmo_jax.cli import main as cli
 from flexolmo_jax.errors import ConfigError
+from flexolmo_jax.jobs import launching
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LAUNCH = ROOT / "launch" / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), LAUNCH])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Paths in the commands of the tour; made by an option of one command, used by those of others.
 MAKES = ("--out", "--workdir", "--json", "--scores")
@@ -69,6 +71,29 @@ def test_commands_of_the_readme_parse(words):
         assert config.optim.warmup_steps < config.optim.last_step
     if command == "launch":
         configfile.load_function(args.plan, "get_plan")
+
+
+@pytest.mark.parametrize(
+    "words", commands(LAUNCH.read_text(encoding="utf-8")), ids=lambda w: " ".join(w[1:])[:60]
+)
+def test_commands_of_the_launch_page_parse(words):
+    command, _, args = cli.parse(words[1:])
+    if command == "launch":
+        plan = configfile.load_function(args.plan, "get_plan")()
+        jobs = launching.select(plan, args.owners)
+        assert launching.make_backend(args.backend, plan, jobs, args.cluster, args.given)
+
+
+def test_the_launch_page_lists_every_setting():
+    text = LAUNCH.read_text(encoding="utf-8")
+    lines = {
+        kind: re.search(rf"^\| {kind} \| `.*$", text, re.MULTILINE) for kind in launching.REMOTE
+    }
+    for kind, known in launching.REMOTE_KNOWN.items():
+        found = lines[kind]
+        assert found is not None
+        for name in known:
+            assert f"`{name}`" in found[0], (kind, name)
 
 
 @pytest.mark.parametrize(
