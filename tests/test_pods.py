@@ -156,6 +156,26 @@ def test_a_fusion_reads_slices_and_writes_updates():
     assert (unit.read, unit.written) == (8 * 128 * 4, 8 * 128 * 4)
 
 
+@pytest.mark.parametrize(("step", "turns"), [(1, 8), (2, 4), (3, 3)])
+def test_a_loop_that_was_unrolled_counts_in_larger_steps(step, turns):
+    counter = "s32[]{:T(128)}"
+    loop = (
+        f"%c (c.0: (s32[])) -> pred[] {{\n  %c.0 = ({counter}) parameter(0)\n"
+        f"  %n = {counter} constant(8)\n  %i = {counter} get-tuple-element(%c.0), index=0\n"
+        "  ROOT %t = pred[] compare(%i, %n), direction=LT\n}",
+        f"%b (b.0: (s32[])) -> (s32[]) {{\n  %b.0 = ({counter}) parameter(0)\n"
+        f"  %j = {counter} get-tuple-element(%b.0), index=0\n"
+        f"  %by = {counter} constant({step})\n  %k = {counter} add(%j, %by)\n"
+        "  %x = f32[8,128]{1,0} broadcast(%j), dimensions={}\n"
+        f"  ROOT %r = ({counter}) tuple(%k)\n}}",
+    )
+    body = (
+        f"  %p = ({counter}) parameter(0)\n  ROOT %w = ({counter}) while(%p), condition=%c, body=%b"
+    )
+    done = work.read(program(body, *loop))
+    assert [u.times for u in done.units if u.name == "x"] == [turns]
+
+
 def test_a_loop_whose_turns_are_not_known_is_named():
     loop = (
         "%c (c.0: (s32[])) -> pred[] {\n  %c.0 = (s32[]{:T(128)}) parameter(0)\n"
@@ -234,11 +254,20 @@ def test_a_group_knows_its_mesh_axis_and_its_torus():
     assert (both.mesh, both.size) == ("data+expert", 64)
 
 
-def test_a_permutation_knows_how_far_it_goes():
+def test_a_permutation_knows_its_busiest_link():
     over = layout("v5e:2x16", data=2, expert=16, model=1)
-    assert over.span("pairs:{{0,1},{1,2},{15,0}}").hops == 1  # closed to a ring
-    far = over.span("pairs:{{0,5},{5,0}}")
-    assert (far.hops, far.mesh) == (5, "expert")
+    assert over.span("pairs:{{0,1},{1,2},{15,0}}").load == 1  # closed to a ring
+    # Both go through the links between 2, 3 and 4.
+    shared = over.span("pairs:{{0,4},{2,5}}")
+    assert (shared.load, shared.mesh) == (2, "expert")
+    assert over.span("pairs:{{0,4},{5,2}}").load == 1  # in opposite directions
+
+
+def test_a_step_to_the_next_in_rows_has_links_of_its_own():
+    """Sixteen devices in four rows: from the end of a row back and down, against the others."""
+    over = layout("v5e:4x4", data=16, expert=1, model=1)
+    pairs = ",".join(f"{{{i},{(i + 1) % 16}}}" for i in range(16))
+    assert over.span(f"pairs:{{{pairs}}}").load == 1
 
 
 def test_cores_of_one_chip_and_slices_are_seen():

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which mesh axes, and which axes of the torus, a collective runs over."""
 
+import collections
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Span:
       torus: (length, closed to a ring) of each torus axis that a group runs over.
       chips: chips of a group inside one slice; cores devices on each of them.
       slices: slices that a group reaches into.
-      hops: links between a source and its target, at most (permutations).
+      load: messages that the busiest link carries in one direction (permutations).
     """
 
     mesh: str
@@ -49,7 +50,7 @@ class Span:
     chips: int = 1
     cores: int = 1
     slices: int = 1
-    hops: int = 1
+    load: int = 1
 
 
 class Layout:
@@ -87,24 +88,41 @@ class Layout:
         return tuple(found)
 
     def _permutation(self, pairs: Sequence[Sequence[int]]) -> Span:
-        """The mesh axes that source and target differ in, and the longest way between them."""
+        """The mesh axes that source and target differ in, and the load of the busiest link.
+
+        Messages pass through chips on their way, so a long way costs no time by itself: what
+        counts is how many of them share a link.
+        """
         names: set[str] = set()
-        hops, slices = 0, 1
+        slices = 1
+        links: collections.Counter[tuple] = collections.Counter()
         for source, target in pairs:
             ends = [np.unravel_index(d, tuple(self.shape.values())) for d in (source, target)]
             names |= {n for n, a, b in zip(self.shape, *ends, strict=True) if a != b}
             a, b = self.places[source], self.places[target]
-            slices = max(slices, 1 + (a.part != b.part))
-            hops = max(hops, self._distance(a.chip, b.chip))
-        ordered = [n for n in self.shape if n in names]
-        return Span(mesh="+".join(ordered) or "none", size=2, torus=(), slices=slices, hops=hops)
+            if a.part != b.part:
+                slices = 2
+            else:
+                links.update((a.part, *link) for link in self._route(a.chip, b.chip))
+        return Span(
+            mesh="+".join(n for n in self.shape if n in names) or "none",
+            size=2,
+            torus=(),
+            slices=slices,
+            load=max(links.values(), default=0),
+        )
 
-    def _distance(self, a: Sequence[int], b: Sequence[int]) -> int:
-        total = 0
+    def _route(self, a: Sequence[int], b: Sequence[int]) -> Iterator[tuple]:
+        """The links from one chip to another, axis after axis, the shorter way on a ring."""
+        at = list(a)
         for axis, length in enumerate(self.topology.dims):
-            way = abs(a[axis] - b[axis])
-            total += min(way, length - way) if self.topology.ring(axis) else way
-        return total
+            way = b[axis] - at[axis]
+            if self.topology.ring(axis) and abs(way) > length / 2:
+                way -= length if way > 0 else -length
+            step = 1 if way > 0 else -1
+            for _ in range(abs(way)):
+                yield tuple(at), axis, step
+                at[axis] = (at[axis] + step) % length
 
 
 def members(text: str, devices: int) -> list[list[int]]:

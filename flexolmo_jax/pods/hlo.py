@@ -149,11 +149,35 @@ class Module:
     def trips(self, loop: Instruction) -> int | None:
         """How often a counted loop runs: the constant that its counter is compared with.
 
-        None where the text does not tell.
+        A loop that the compiler unrolled counts in larger steps. None where the text does not
+        tell.
         """
-        condition = loop.called("condition")
-        found = set(self._constants(condition))
-        return found.pop() if len(found) == 1 else None
+        found = set(self._constants(loop.called("condition")))
+        if len(found) != 1:
+            return None
+        return -(-found.pop() // self._step(loop))
+
+    def _step(self, loop: Instruction) -> int:
+        """What one turn of a loop adds to its counter; 1 where the text does not tell."""
+        counters = [
+            int(re.findall(r"index=(\d+)", i.text)[0])
+            for i in self.computations[loop.called("condition")]
+            if i.opcode == "get-tuple-element" and i.arrays[0].shape == ()
+        ]
+        types = self.types(loop.called("body"))
+        roots = [i for i in types.values() if i.root]
+        if len(counters) != 1 or not roots or counters[0] >= len(roots[0].operands):
+            return 1
+        made = types.get(roots[0].operands[counters[0]])
+        while made is not None and made.opcode in ("copy", "bitcast") and made.operands:
+            made = types.get(made.operands[0])
+        if made is None or made.opcode not in ("add", "fusion"):
+            return 1
+        added = [types[o] for o in made.operands if o in types]
+        steps = {int(i.text) for i in added if i.opcode == "constant" and i.text.isdecimal()}
+        steps |= set(self._constants(made.called("calls")))
+        steps.discard(0)
+        return steps.pop() if len(steps) == 1 else 1
 
     def _constants(self, name: str) -> Iterable[int]:
         for i in self.computations.get(name, ()):

@@ -112,7 +112,7 @@ def collective_seconds(c: Collective, span: Span, topology: Topology) -> float:
     if c.kind == "collective-permute":
         if span.slices > 1:
             return c.size / chip.dcn_bytes_s
-        return c.size * span.hops / chip.link_bytes_s
+        return c.size * span.load / chip.link_bytes_s
     # A group on the cores of one chip only goes through the chip's HBM.
     size = c.size * span.cores
     passes = 2 if c.kind == "all-reduce" else 1

@@ -158,7 +158,7 @@ def test_what_does_not_fit_says_so_and_what_would():
     # Float32 weights and two moments of 1.48 billion parameters alone.
     assert plan.memory.total > 1.48e9 * 12 > plan.memory.limit
     found = search.advice(t, plan, lambda line: None)
-    assert found is not None and found.plan.fits and "--topology v5e:1x" in found.change
+    assert found is not None and found.plan.fits and "--topology v5e:2x" in found.change
 
 
 def test_a_topology_that_does_not_exist():
@@ -231,7 +231,7 @@ def test_the_hash_of_a_program_does_not_see_source_lines():
 
 
 def test_a_search_finds_a_front():
-    t = asked("expert.py:size=tiny", "v5e:1x2", rows=4, overrides=("exec.mesh_model=1",))
+    t = asked("expert.py:size=tiny", "v5e:2x2", rows=8)
     tried = list(search._growing("as it is", t, lambda line: None))
     assert [x.target.rows_at_once for x in tried] == [1, 2]
     front = search.pareto(tried)
