@@ -367,6 +367,7 @@ def _finish(
             "seed": config.seed,
         },
         recipe=_recipe(j),
+        gathered=place.url is not None,
     )
     with distributed.together("writing the summary"):
         if distributed.first():

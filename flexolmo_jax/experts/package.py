@@ -21,8 +21,8 @@ from flexolmo_jax import checkpoint, distributed
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import CheckpointError, ConfigError, nearest
+from flexolmo_jax.experts import leafio, model_dir, remote, tuned
 from flexolmo_jax.experts import manifest as manifests
-from flexolmo_jax.experts import model_dir, remote, tuned
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import check_files, hash_files, list_files, write_text
 
@@ -65,12 +65,14 @@ def write_final(
     expert_id: str = "",
     anchor_digest: str | None = None,
     recipe: Mapping[str, Any] | None = None,
+    gathered: bool = False,
 ) -> None:
     """Writes W/final, replacing an older one only once the new one is complete.
 
     On several hosts each process writes the parts of `params` that its devices hold.
 
     Args:
+      gathered: every process has all of `params` and no folder is shared: the first writes.
       stage: "anchor" or "joint", with params {"shared", "experts"} of every slot; "expert", with
         a slice; "router", with the router rows and biases of every slot.
       config: of the model that the stage trains or starts from.
@@ -87,19 +89,16 @@ def write_final(
             "A finished expert needs an id and the digest of its anchor",
             got=f"expert_id={expert_id!r}, anchor_digest={anchor_digest!r}",
         )
-    found = slices.abstract_of(params)
-    problems = checkpoint.leaf_problems(expected(stage, config), trees.flatten(found))
-    problems = [p for p in problems if p.code != "leaf-dtype"]
-    if problems:
-        raise CheckpointError(
-            f"These are not the weights of stage {stage!r}", got="; ".join(map(str, problems))
-        )
+    _require(stage, params, config)
     fresh = Path(workdir) / f"{FINAL}.next"
     with distributed.together("writing the final weights"):
         if distributed.first():
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
-    checkpoint.save_tree(fresh / PARAMS, params)
+    if not gathered:
+        checkpoint.save_tree(fresh / PARAMS, params)
+    elif distributed.first():
+        leafio.write_tree(fresh / PARAMS, leafio.leaves_of(params), fresh)
     content = {
         "kind": "final",
         "schema": manifests.SCHEMA,
@@ -113,6 +112,17 @@ def write_final(
     with distributed.together("writing the final weights"):
         if distributed.first():
             _finish(fresh, tokenizer_path, content)
+
+
+def _require(stage: str, params: Mapping[str, Any], config: ModelConfig) -> None:
+    """Refuses params of other names or shapes than stage and config say."""
+    found = slices.abstract_of(params)
+    problems = checkpoint.leaf_problems(expected(stage, config), trees.flatten(found))
+    problems = [p for p in problems if p.code != "leaf-dtype"]
+    if problems:
+        raise CheckpointError(
+            f"These are not the weights of stage {stage!r}", got="; ".join(map(str, problems))
+        )
 
 
 def _finish(fresh: Path, tokenizer_path: str | Path, content: dict[str, Any]) -> None:
