@@ -138,6 +138,30 @@ def test_a_job_that_changed_runs_again_but_not_beside_itself(monkeypatch, tmp_pa
     assert len(started(folder, kind)) == len(before) + 1
 
 
+def test_a_job_that_moved_is_not_started_twice(monkeypatch, tmp_path):
+    folder = fake_programs.here(monkeypatch, tmp_path / "bin", {"a": ["running"]})
+    plan = the_plan(tmp_path, "gke", ("a", ""))
+    launch(plan, "gke", wait=False)
+    # In another cluster or zone nobody knows the job.
+    state = fake_programs._load(folder)
+    fake_programs._save(folder, {**state, "there": {}})
+    moved = dataclasses.replace(plan.jobs[0], resources=Resources(zone="us-east5-a"))
+    other = dataclasses.replace(plan, jobs=(moved,))
+    with pytest.raises(ConfigError, match="handed over elsewhere"):
+        launch(other, "gke")
+    assert started(folder, "gke") == ["a"]
+
+
+def test_a_finished_job_that_moved_is_finished(monkeypatch, tmp_path, kind):
+    fake_programs.here(monkeypatch, tmp_path / "bin", {"a": DONE[kind]})
+    plan = the_plan(tmp_path, kind, ("a", ""))
+    launch(plan, kind)
+    resources = dataclasses.replace(plan.jobs[0].resources, zone="us-west4-a")
+    moved = dataclasses.replace(plan.jobs[0], resources=resources)
+    monkeypatch.setattr("flexolmo_jax.__version__", "99.0")
+    assert launch(dataclasses.replace(plan, jobs=(moved,)), kind) == {"a": "skipped"}
+
+
 def test_slices_that_are_taken_away_are_asked_for_again(monkeypatch, tmp_path):
     plays = {"machines": ["ACTIVE", "ACTIVE", "SUSPENDED", "ACCEPTED", "ACTIVE"]}
     plays["containers"] = ["running 0", "running 0", "exited 75", "running 0", "exited 0"]

@@ -173,7 +173,7 @@ class Gke:
                 "annotations": {
                     "flexolmo/plan": self.plan.name,
                     "flexolmo/job": job.name,
-                    DIGEST: stamps.job_digest(job),
+                    DIGEST: stamps.hand_over_digest(job),
                     **(exclusive if spread else {}),
                 },
             },

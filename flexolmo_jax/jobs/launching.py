@@ -134,7 +134,7 @@ def _column(name: str, texts: Sequence[str]) -> list[tuple[str, str]]:
 def _is_recorded(plan: Plan, backend: Backend, job: Job) -> bool:
     """Whether a launch has seen the end of this job, without asking the back end."""
     record = remote.read_record(plan, backend, job)
-    return record.status == "done" and record.digest == stamps.job_digest(job)
+    return record.status == "done" and record.work == stamps.work_digest(job)
 
 
 def _taken_as_there(jobs: list[Job]) -> list[str]:

@@ -43,8 +43,16 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What the launcher remembers of a job; `handle` is the back end's name for it."""
+    """What the launcher remembers of a job.
 
+    Attributes:
+      work: digest of what it computes.
+      digest: of that and its machines, as it was handed over.
+      handle: the back end's name for it.
+      status: "started", "ended" (its machines are not given back yet), "done" or "failed".
+    """
+
+    work: str = ""
     digest: str = ""
     handle: str = ""
     status: str = ""
@@ -194,9 +202,9 @@ class Launch:
 
     def _visit(self, job: Job) -> None:
         """One look at one job, and the one step that follows from it."""
-        digest = stamps.job_digest(job)
+        digest = stamps.hand_over_digest(job)
         record = self.records.setdefault(job.name, _read(self.folder, job))
-        if record.status in ("ended", "done") and record.digest == digest:
+        if record.status in ("ended", "done") and record.work == stamps.work_digest(job):
             if record.status == "ended":
                 self._finish(job, record)
             return self._note(job, "skipped", "done before")
@@ -239,13 +247,17 @@ class Launch:
         self.met.add(job.name)
         known = seen.digest or record.digest
         other = seen.status != "absent" and known != digest
-        if other and seen.status in ("waiting", "ready", "running"):
+        # Handed over for other machines: the one that runs is not where this plan looks.
+        elsewhere = seen.status == "absent" and record.status == "started"
+        hidden = elsewhere and bool(record.digest) and record.digest != digest
+        if hidden or (other and seen.status in ("waiting", "ready", "running")):
             stop = " && ".join(shlex.join(s.command) for s in self._removal(job))
             raise ConfigError(
                 "A job of the plan is under way in another version",
-                got=f"{job.name}, {seen.status}",
+                got=f"{job.name}: {'handed over elsewhere' if hidden else seen.status}",
                 where=f"{self.plan.name} on {self.backend.name}",
-                fix=f"let it end, or stop it with `{stop}` and launch again",
+                fix=f"launch the plan as it was, or stop the job (`{stop}`) and remove "
+                f"{_path(self.folder, job)}, then launch again",
             )
         if seen.status == "failed" or other:
             why = "failed before" if seen.status == "failed" else "has changed since"
@@ -264,7 +276,7 @@ class Launch:
         write_files(job, self.backend, self.folder)
         before = {n: self.records[n].handle for n in open_}
         handle = self.backend.start(job, self.folder, before)
-        self._keep(job, Record(digest, handle, "started"))
+        self._keep(job, Record(stamps.work_digest(job), digest, handle, "started"))
         return self._note(job, "waiting", f"handed over as {handle}")
 
     def _is_done(self, name: str) -> bool:
@@ -285,10 +297,10 @@ class Launch:
             command = shlex.join(self.backend.log_command(job, record.handle))
             self.say(f"        {job.name}: its output: {command}")
             self.backend.release(job, self.folder)
-            self._keep(job, Record(digest, record.handle, "failed"))
+            self._keep(job, dataclasses.replace(record, status="failed"))
             return
         # Kept before the machines go, which are the only trace of it elsewhere.
-        ended = Record(digest, record.handle, "ended")
+        ended = Record(stamps.work_digest(job), digest, record.handle, "ended")
         self._keep(job, ended)
         self._finish(job, ended)
 

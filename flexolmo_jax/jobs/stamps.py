@@ -48,6 +48,19 @@ def job_digest(job: Job) -> str:
     return json_digest(settings)
 
 
+def work_digest(job: Job) -> str:
+    """Digest of what a job computes, wherever: neither machines nor this program's version count.
+
+    A finished job of weeks must not run again because a zone or a version changed.
+    """
+    return json_digest([job.command, dict(job.env), job.workdir, job.owner, job.inputs, job.state])
+
+
+def hand_over_digest(job: Job) -> str:
+    """Digest of what a job computes and of the machines that it was handed over for."""
+    return json_digest([work_digest(job), dataclasses.asdict(job.resources)])
+
+
 def stamp_path(plan: Plan, job: Job) -> Path:
     """Where the stamp of a job is kept."""
     return Path(plan.workdir) / "jobs" / f"{file_stem(job.name)}.json"

@@ -137,7 +137,7 @@ class TpuVm:
         for setting in ("network", "subnetwork"):
             if self._get(job, setting):
                 options.append(f"--{setting}={self._get(job, setting)}")
-        options.append(f"--labels={DIGEST}={label(stamps.job_digest(job))}")
+        options.append(f"--labels={DIGEST}={label(stamps.hand_over_digest(job))}")
         return [Step("create", self._queued(job, "create", *options, "--async"))]
 
     def by_hand(self, job: Job) -> list[Step]:
@@ -211,7 +211,7 @@ class TpuVm:
             raise MachineError(
                 "gcloud's answer is not a queued resource", got=text[:200]
             ) from error
-        digest = stamps.job_digest(job)
+        digest = stamps.hand_over_digest(job)
         if seen.digest == label(digest):
             seen = dataclasses.replace(seen, digest=digest)
         if seen.status != "ready":
