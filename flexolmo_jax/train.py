@@ -60,7 +60,7 @@ def fit(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
 
 def _fit(config: RunConfig, place: run_dirs.RunDir) -> dict[str, Any]:
     workdir = place.path
-    finished = distributed.from_first(lambda: _finished(workdir, config), "starting")
+    finished = distributed.from_first(lambda: _finished(place, config), "starting")
     if finished:
         logger.info("finished already: %s", place)
         return finished
@@ -90,10 +90,10 @@ def _fit(config: RunConfig, place: run_dirs.RunDir) -> dict[str, Any]:
     return summary
 
 
-def _finished(workdir: Path, config: RunConfig) -> dict[str, Any] | None:
+def _finished(place: run_dirs.RunDir, config: RunConfig) -> dict[str, Any] | None:
     """The summary of a run that has ended, after the checks that come before any other work."""
-    _refuse_other(workdir, config)
-    path = workdir / "summary.json"
+    _refuse_other(place, config)
+    path = place.path / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -108,9 +108,9 @@ def _training_data(j: training_job.TrainingJob) -> grain.IterDataset:
     )
 
 
-def _refuse_other(workdir: Path, config: RunConfig) -> None:
+def _refuse_other(place: run_dirs.RunDir, config: RunConfig) -> None:
     """Refuses a workdir whose run was started with settings that give other results."""
-    path = workdir / "config.json"
+    path = place.path / "config.json"
     if not path.exists():
         return
     mine, theirs = _settings(dataclasses.asdict(config)), _settings(json.loads(path.read_text()))
@@ -123,7 +123,7 @@ def _refuse_other(workdir: Path, config: RunConfig) -> None:
         raise ConfigError(
             "The workdir belongs to a run with another configuration",
             got="; ".join(changed),
-            where=path,
+            where=f"{place}/config.json",
             fix="choose another workdir, or repeat the configuration that it was started with",
         )
 

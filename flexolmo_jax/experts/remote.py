@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from flexolmo_jax.errors import Problem, RefusedError
+from flexolmo_jax.errors import CheckpointError, Problem, RefusedError
 from flexolmo_jax.experts import leafio, regions
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.storage import cache, client, output, urls
@@ -195,6 +195,7 @@ def final_dir(run: str | Path, folder: str, name: str) -> Path:
       folder, name: where below the run they lie, and the file there that lists them.
 
     Raises:
+      CheckpointError: a URL of a run that has not ended.
       RefusedError: files that are missing or not what the list says.
     """
     url = urls.as_url(run)
@@ -203,7 +204,11 @@ def final_dir(run: str | Path, folder: str, name: str) -> Path:
     url = f"{url}/{folder}"
     data = client.read(f"{url}/{name}", manifests.MAX_BYTES)
     if data is None:
-        return Path(url)  # Which exists nowhere: the caller says so.
+        raise CheckpointError(
+            "The run has no final weights",
+            where=url,
+            fix="finish it with the same `flexolmo train` command, or name its workdir",
+        )
     files = _listed_files(data)
     listing = client.list_objects(url)
     problems = [
