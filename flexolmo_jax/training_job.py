@@ -237,9 +237,11 @@ def _job(
                 where=tokenizer,
             )
     logger.info(
-        "stage %s: dispatch %s, compute %s, mesh %s, %d trainable parameters",
+        "stage %s: dispatch %s, experts over devices %s, compute %s, mesh %s, %d trainable "
+        "parameters",
         config.stage,
         program.runtime.dispatch,
+        program.runtime.expert_parallel,
         program.runtime.compute_dtype,
         "x".join(f"{axis}={size}" for axis, size in program.mesh.shape.items()),
         tree.count(program.arguments["state"]["params"]),
