@@ -116,7 +116,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_touched(at):
         assert checkpoints.steps() == [1]
 
 
-# Broken once by committing before all objects had arrived.
+# Broken once by leaving what the interrupted save had written.
 def test_a_save_cut_off_is_no_step_and_is_cleaned_away(at, monkeypatch):
     url, original = f"s3://{at}/checkpoints", client.write
     saved(url, 1)

@@ -133,7 +133,7 @@ def test_no_network_is_told_within_seconds(scheme, at, monkeypatch):
     assert time.monotonic() - began < 25
 
 
-# Broken once by raising with the cause, and once with the server's text as `got`.
+# Broken once with the server's text as `got`.
 def test_refused_access_names_the_code_and_no_credential(at, monkeypatch):
     from obstore import exceptions
 
