@@ -15,6 +15,11 @@ OVERLAP = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
+    # On v6e a product would be cut into the steps of a ring of permutations instead, in the order
+    # of device ids, whose neighbours are not neighbours on the torus.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    "xla_tpu_decompose_all_gather_einsum": "false",
+    "xla_tpu_decompose_einsum_reduce_scatter": "false",
 }
 # KiB of a core's vector memory that one fusion may use, by the start of the device's kind. With
 # the default the products of a 7B layer take a fifth longer (compiler's cycles, v5p).
