@@ -140,11 +140,20 @@ def _ring(x_MD, index_MA, weight_MA, weights, *, kernels: Kernels, per_slot: int
     # Assignments to the slots of another device get an index that stands for none.
     index_NA = index_NA - jax.lax.axis_index("expert") * mine
     index_NA = jnp.where((index_NA >= 0) & (index_NA < mine), index_NA, mine)
-    bound = min(_bound(index_MA, mine, per_slot), index_NA.size)
-    y_ND = kernels.tokens(
-        *(_of_the_group(x_MD), index_NA, _of_the_group(weight_MA), *weights), bound=bound
-    )
+    index_NK, weight_NK = _own_first(index_NA, _of_the_group(weight_MA), mine)
+    bound = min(_bound(index_MA, mine, per_slot), index_NK.size)
+    y_ND = kernels.tokens(_of_the_group(x_MD), index_NK, weight_NK, *weights, bound=bound)
     return jax.lax.psum_scatter(y_ND, "expert", scatter_dimension=0, tiled=True)
+
+
+def _own_first(index_NA: jax.Array, weight_NA: jax.Array, mine: int):
+    """The at most `mine` assignments of each token that are this device's: fewer rows to gather."""
+    order_NK = jnp.argsort(index_NA, axis=1)[:, : min(mine, index_NA.shape[1])]
+    chosen_NKA = order_NK[..., None] == jnp.arange(index_NA.shape[1])
+    return (
+        jnp.sum(jnp.where(chosen_NKA, index_NA[:, None], 0), axis=-1),
+        jnp.sum(jnp.where(chosen_NKA, weight_NA[:, None], 0.0), axis=-1),
+    )
 
 
 def _of_the_group(x: jax.Array) -> jax.Array:
