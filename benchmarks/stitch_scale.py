@@ -5,7 +5,7 @@ Makes an anchor and slices of random weights, then runs each stage in a process 
 turn, several times, with nothing of its input in the page cache. Seconds are of the stage itself,
 without starting Python; peak memory is the process's, libraries included.
 
-.venv/bin/python benchmarks/stitch_scale.py --size 8x1b --experts 7 --workdir runs/stitch-scale
+PYTHONPATH=. .venv/bin/python benchmarks/stitch_scale.py --size 8x1b --experts 7
 """
 
 import argparse
