@@ -136,8 +136,8 @@ def test_two_devices_of_a_chip_are_counted_together(topology):
 
 
 def test_slices_meet_over_the_network():
-    one = planned("expert.py:size=60m", "v5e:2x2", rows=16, seq_len=512)
-    two = planned("expert.py:size=60m", "v5e:2x2", slices=2, rows=32, seq_len=512)
+    one = planned("expert.py:size=tiny", "v5e:2x2", rows=8)
+    two = planned("expert.py:size=tiny", "v5e:2x2", slices=2, rows=16)
     assert two.topology.chips == 8 and two.program.mesh.shape["data"] == 8
     assert two.times.by_axis["data"] > 3 * one.times.by_axis["data"]
 
