@@ -81,19 +81,23 @@ def opened(workdir: str | Path) -> Iterator[RunDir]:
     if url is None:
         yield RunDir(Path(workdir).absolute())
         return
-    place = RunDir(cache.work_folder(), url)
+    place, ended = RunDir(cache.work_folder(), url), False
     try:
         for name in (*_SMALL, SUMMARY):
             data = client.read(f"{url}/{name}")
             if data is not None:
                 (place.path / name).write_bytes(data)
         yield place
-    except BaseException:
-        # Also a run that is stopped leaves its newest lines; its own error matters more than this.
-        try:
-            place.push()
-        except FlexOlmoError as e:
-            logger.warning("the metrics could not be sent: %s", e)
-        raise
+        ended = True
     finally:
+        if not ended:
+            _push_what_there_is(place)
         shutil.rmtree(place.path, ignore_errors=True)
+
+
+def _push_what_there_is(place: RunDir) -> None:
+    """Also a run that is stopped leaves its newest lines; its own error matters more than this."""
+    try:
+        place.push()
+    except FlexOlmoError as e:
+        logger.warning("the metrics could not be sent: %s", e)

@@ -173,7 +173,13 @@ class ObjectCheckpoints:
                 where=f"{self.directory}/{step}.json",
             )
         with distributed.together("restoring"):
-            values = [self._leaf(content, name, leaf) for name, leaf in leaves.items()]
+            try:
+                values = [self._leaf(content, name, leaf) for name, leaf in leaves.items()]
+            except DamagedError as e:
+                if not distributed.several():
+                    raise
+                # Of the class that the other processes raise, so that all pass this step over.
+                raise CheckpointError("A checkpoint is damaged", got=e.problem) from e
         return jax.tree.unflatten(treedef, values), content["meta"]
 
     def restore_latest(self, abstract_state: Any) -> Restored | None:
@@ -188,25 +194,11 @@ class ObjectCheckpoints:
         steps = distributed.from_first(self._tidy, "opening the checkpoints")
         skipped: list[Problem] = []
         for step in reversed(steps):
-            found = distributed.from_first(
-                lambda step=step: [vars(p) for p in self.check(step)], "checking a checkpoint"
-            )
-            problems = [Problem(**p) for p in found]
-            if not problems:
-                try:
-                    state, meta = self.restore(step, abstract_state)
-                except DamagedError as e:
-                    problems = [e.problem]
-                except CheckpointError as e:
-                    if not distributed.is_agreed(e):
-                        raise
-                    problems = [Problem("file-digest", f"{step}.json", "", str(e))]
-                else:
-                    distributed.from_first(
-                        lambda step=step: self._set_aside([s for s in steps if s > step]),
-                        "setting damaged checkpoints aside",
-                    )
-                    return Restored(step, state, meta, tuple(skipped))
+            found, problems = self._attempt(step, abstract_state)
+            if found is not None:
+                newer = [s for s in steps if s > step]
+                distributed.from_first(lambda n=newer: self._set_aside(n), "setting steps aside")
+                return Restored(step, *found, tuple(skipped))
             skipped += problems
         if skipped:
             raise CheckpointError(
@@ -216,6 +208,24 @@ class ObjectCheckpoints:
                 fix="start again in another directory; the damaged objects are left as they are",
             )
         return None
+
+    def _attempt(
+        self, step: int, abstract_state: Any
+    ) -> tuple[tuple[Any, dict[str, Any]] | None, list[Problem]]:
+        """State and meta, or what is wrong with them; the same for every process."""
+        listed = distributed.from_first(
+            lambda: [vars(p) for p in self.check(step)], "checking a checkpoint"
+        )
+        if listed:
+            return None, [Problem(**p) for p in listed]
+        try:
+            return self.restore(step, abstract_state), []
+        except DamagedError as e:
+            return None, [e.problem]
+        except CheckpointError as e:
+            if not distributed.is_agreed(e):
+                raise
+            return None, [Problem("file-digest", f"{step}.json", "", str(e))]
 
     def check(self, step: int) -> list[Problem]:
         """What is wrong with the list of a step's objects; their bytes are checked when read."""
@@ -267,12 +277,15 @@ class ObjectCheckpoints:
     def _write(self, pieces: list[_Piece], content: dict[str, Any]) -> None:
         """Runs in a thread: this process's objects, then its list, then all lists together."""
         folder, me = f"{self.directory}/{content['data']}", jax.process_index()
+        files: dict[str, list[Any]] = {}
+        sent = False
         try:
             with concurrent.futures.ThreadPoolExecutor(client.THREADS) as pool:
-                files = dict(pool.map(functools.partial(_send, folder), pieces))
-        except BaseException:
-            client.write(f"{folder}/parts/{me}.failed", b"")
-            raise
+                files.update(pool.map(functools.partial(_send, folder), pieces))
+            sent = True
+        finally:
+            if not sent:
+                client.write(f"{folder}/parts/{me}.failed", b"")
         if not distributed.first():
             client.write(f"{folder}/parts/{me}.json", json.dumps(files).encode())
             return
