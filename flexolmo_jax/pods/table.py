@@ -23,6 +23,8 @@ def text(plan: Mapping[str, Any], units: int = 0) -> str:
         lines += ["", *_time(plan), "", *_collectives(plan), "", ASSUMPTIONS]
     if units and plan["heaviest"]:
         lines += ["", *_heaviest(plan["heaviest"][:units])]
+    if plan["slices"] > 1:
+        lines += ["", "not counted, so the times are too low: what slices send to each other"]
     for name in ("loops", "kernels"):
         if plan["unknown"][name]:
             said = ", ".join(plan["unknown"][name])
