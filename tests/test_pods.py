@@ -107,6 +107,28 @@ def program(body, *others):
     return HEAD + "\n\n".join([*others, "ENTRY %main (p: f32[8,128]) -> f32[8,128] {", body, "}"])
 
 
+# Broken once: collectives that a shard_map asks for all have channel 1, and all but one vanished.
+def test_collectives_of_one_channel_are_several_unless_a_chain_joins_them():
+    line = (
+        "%{name} = f32[128]{{0:T(128)}} all-gather(%p), channel_id={channel}, "
+        "replica_groups={{{{0,1}}}}, dimensions={{0}}{more}"
+    )
+    chain = ', backend_config={"collective_config":{"chain_id":"7"}}'
+
+    def count(*lines):
+        body = ("%p = f32[64]{0:T(128)} parameter(0)", *lines)
+        return sum(
+            len(u.collectives) for u in work.read(program("\n".join(f"  {x}" for x in body))).units
+        )
+
+    def gather(name, channel, more=""):
+        return line.format(name=name, channel=channel, more=more)
+
+    assert count(gather("a", 1), gather("b", 1)) == 2
+    assert count(gather("a", 5), gather("b", 5)) == 1
+    assert count(gather("a", 1, chain), gather("b", 1, chain)) == 1
+
+
 @pytest.mark.parametrize(
     ("lines", "flops"),
     [

@@ -171,10 +171,8 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
 def test_the_environment_is_quiet_and_flags_are_the_users(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_something=1")
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     found = process.environment()
     assert "XLA_FLAGS" not in found and found["JAX_PLATFORMS"] == "cpu"
-    assert found["LIBTPU_INIT_ARGS"].split() == list(process.FLAGS)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--mine=1")
     assert process.environment()["LIBTPU_INIT_ARGS"] == "--mine=1"
 

@@ -30,15 +30,6 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-# Options of the compiler that let all-gathers and products run side by side on every generation
-# (v5e does without being asked). A job that is to run as planned needs them in LIBTPU_INIT_ARGS.
-FLAGS = (
-    "--xla_enable_async_all_gather=true",
-    "--xla_tpu_enable_async_collective_fusion=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
-    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
-    "--xla_tpu_overlap_compute_collective_tc=true",
-)
 FIELDS = ("got", "expected", "where", "fix")
 
 
@@ -132,7 +123,7 @@ def environment() -> dict[str, str]:
     """The caller's environment with what a quiet compiler needs; LIBTPU_INIT_ARGS is the user's."""
     # Flags for other backends may be there, and one that it does not know stops libtpu.
     kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {"LIBTPU_INIT_ARGS": " ".join(FLAGS), **kept, **ENVIRONMENT}
+    return {**kept, **ENVIRONMENT}
 
 
 def describe(error: FlexOlmoError) -> dict[str, Any]:

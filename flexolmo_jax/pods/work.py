@@ -336,10 +336,15 @@ def groups_text(attributes: str) -> str:
 
 
 def _channel(i: Instruction) -> str:
-    """The start, the steps and the end of one overlapped collective share channel and chain."""
+    """The start, the steps and the end of one overlapped collective share channel and chain.
+
+    Channel 1 alone says nothing: every collective that the program itself asks for has it.
+    """
     channel = re.search(r"channel_id=(\d+)", i.text)
     chain = re.search(r'chain_id="(\d+)"', i.text)
-    return f"{channel[1]}/{chain[1] if chain else ''}" if channel else i.name
+    if channel is None or (chain is None and channel[1] == "1"):
+        return i.name
+    return f"{channel[1]}/{chain[1] if chain else ''}"
 
 
 def _moved(i: Instruction, types: Mapping[str, Instruction]) -> float:
