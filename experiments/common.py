@@ -223,7 +223,7 @@ def base(stage: str, size: str) -> ConfigDict:
         fields["router_init"].update(TUNE_ROUTER_INIT)
         fields.update(log_every=5, eval_every=20, eval_rows=16, checkpoint_every=50)
     else:
-        fields["exec"].update(remat="full" if size.endswith(("1b", "7b")) else "dots")
+        fields["exec"].update(remat="outputs" if size.endswith(("1b", "7b")) else "dots")
         fields.update(log_every=10, eval_every=1000, checkpoint_every=1000)
     return ConfigDict(fields)
 

@@ -51,16 +51,18 @@ class Pod:
 
 
 _37B, _PAIR = "stitched.py:size=8x7b", "expert.py:size=7b"
+# Slots lie over eight devices, whose matrices come to the tokens; what is kept fills the memory.
+_WIDE, _NARROW = ("exec.mesh_expert=8", "exec.remat=dots"), ("exec.mesh_expert=8",)
 PODS = (
-    Pod("37.6B mixture, every weight", _37B, "v5p:4x4x8", 512),
-    Pod("37.6B mixture, every weight", _37B, "v5p:4x4x4", 256),
-    Pod("37.6B mixture, every weight", _37B, "v6e:16x16", 512),
-    Pod("37.6B mixture, two slices", _37B, "v6e:8x16", 512, slices=2),
-    Pod("37.6B mixture, router rows", "router.py:size=8x7b", "v5p:4x4x4", 128),
-    Pod("expert of 7B", _PAIR, "v5p:2x2x1", 16),
-    Pod("expert of 7B", _PAIR, "v6e:2x4", 16),
+    Pod("37.6B mixture, every weight", _37B, "v5p:4x4x8", 256, overrides=_WIDE),
+    Pod("37.6B mixture, every weight", _37B, "v5p:4x4x4", 128, overrides=_WIDE),
+    Pod("37.6B mixture, every weight", _37B, "v6e:16x16", 256, overrides=_NARROW),
+    Pod("expert of 7B", _PAIR, "v5p:2x2x1", 8, overrides=("exec.remat=dots",)),
+    Pod("expert of 7B", _PAIR, "v6e:2x4", 8),
     Pod("expert of 7B", _PAIR, "v5e:4x4", 16),
-    Pod("anchor of 7B", "anchor.py:size=7b", "v5p:4x4x4", 256),
+    Pod("anchor of 7B", "anchor.py:size=7b", "v5p:4x4x4", 128, overrides=("exec.remat=dots",)),
+    Pod("37.6B mixture, two slices", _37B, "v6e:8x16", 256, overrides=_NARROW, slices=2),
+    Pod("37.6B mixture, router rows", "router.py:size=8x7b", "v5p:4x4x4", 64, overrides=_NARROW),
     Pod("37.6B mixture, evaluation", _37B, "v5p:2x2x2", 32, stage="eval"),
     Pod("37.6B mixture, prompts", _37B, "v5p:2x2x2", 8, stage="prefill"),
     Pod("37.6B mixture, next token", _37B, "v5p:2x2x2", 32, stage="decode"),
