@@ -113,7 +113,7 @@ def test_collectives_of_one_channel_are_several_unless_a_chain_joins_them():
         "%{name} = f32[128]{{0:T(128)}} all-gather(%p), channel_id={channel}, "
         "replica_groups={{{{0,1}}}}, dimensions={{0}}{more}"
     )
-    chain = ', backend_config={"collective_config":{"chain_id":"7"}}'
+    chain = ', frontend_attributes={chain_id="7"}'
 
     def count(*lines):
         body = ("%p = f32[64]{0:T(128)} parameter(0)", *lines)
