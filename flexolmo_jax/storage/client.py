@@ -25,6 +25,8 @@ from flexolmo_jax.storage import urls
 
 PART = 16 << 20
 THREADS = 8
+# With pauses up to four seconds, and together no longer than twenty.
+RETRIES = 12
 # A client is made anew when one of these changes; none of their values is ever shown.
 _ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_REGION")
 _ENVIRONMENT += ("AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_SKIP_SIGNATURE")
@@ -62,7 +64,7 @@ def _open(scheme: str, bucket: str, _process: int, _environment: tuple[str | Non
     options: Any = {
         # No answer within seconds is told; a part that is being carried has its minutes.
         "retry_config": {
-            "max_retries": 5,
+            "max_retries": RETRIES,
             "retry_timeout": seconds(seconds=20),
             "backoff": {**backoff, "base": 2},
         },
