@@ -70,9 +70,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("block", [16, leafio.BLOCK])
-def test_every_sharding_gives_the_same_values(tmp_path, monkeypatch, kind, block):
+@pytest.mark.parametrize(("block", "hosts"), [(16, 1), (16, 2), (leafio.BLOCK, 1)])
+def test_every_sharding_gives_the_same_values(tmp_path, monkeypatch, kind, block, hosts):
     monkeypatch.setattr(leafio, "BLOCK", block)
+    monkeypatch.setattr(loading, "crosses_hosts", lambda _: hosts > 1)
     shape, slots, spec = CASES[kind]
     made, whole = source(tmp_path, shape, slots)
     mesh = grid(2, 2, 2)
@@ -88,6 +89,8 @@ def test_short_runs_are_read_in_long_ones_and_exchanged(tmp_path, monkeypatch, c
     made, whole = source(tmp_path, (4, 2, 8, 16), [0, 1])
     mesh = grid(4, 2, 1)
     target = named(mesh, None, "expert", None, "data")
+    assert loading.readable(made, target) is target  # One host reads through its page cache.
+    monkeypatch.setattr(loading, "crosses_hosts", lambda _: True)
     by = loading.readable(made, target)
     assert by.is_equivalent_to(named(mesh, None, "expert", "data"), 4)
     found = loading.place({"x": made}, lambda *_: target)["x"]
@@ -102,7 +105,8 @@ def test_short_runs_are_read_in_long_ones_and_exchanged(tmp_path, monkeypatch, c
     assert np.array_equal(loading.place({"x": odd}, lambda *_: target)["x"], values)
 
 
-def test_a_leaf_of_one_block_is_read_by_its_target(tmp_path):
+def test_a_leaf_of_one_block_is_read_by_its_target(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "crosses_hosts", lambda _: True)
     made, _ = source(tmp_path, (4, 2, 8, 16), [0, 1])
     target = named(grid(4, 2, 1), None, "expert", None, "data")
     assert loading.readable(made, target) is target
@@ -165,8 +169,6 @@ def test_a_budget_is_kept_and_nobody_waits_for_ever():
 def test_beside_the_arrays_a_load_holds_the_budget(tmp_path, monkeypatch):
     """Devices of this machine hold their arrays in the same memory, so these are taken off."""
     monkeypatch.setattr(loading, "BUDGET", 8 << 20)
-    # An exchange takes memory of the devices, which is no question here.
-    monkeypatch.setattr(loading, "readable", lambda _, target: target)
     config = CONFIG.replace(d_model=256, d_ffn=8192, n_layers=4)
     anchor = make_anchor(tmp_path / "anchor", config=config)
     piece = make_slice(tmp_path / "a", anchor, "a")

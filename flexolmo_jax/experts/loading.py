@@ -203,12 +203,13 @@ def _spread(target: Sharding) -> Callable[[jax.Array], jax.Array]:
 def readable(source: Source, target: Sharding) -> Sharding:
     """The sharding to read by: the target, or one of the same devices with longer runs on disk.
 
-    The mesh axes of dimensions inside move to a dimension further out that they divide.
+    The mesh axes of dimensions inside move to a dimension further out that they divide. Only where
+    several hosts share the reading: the exchange needs room for the leaf twice on the devices.
     """
     shape, slots = source.shape, 1 if source.stacked else None
     one = source.nbytes // (shape[1] if source.stacked else 1)
-    if not isinstance(target, NamedSharding) or one <= leafio.BLOCK:
-        return target  # A whole leaf is no more than a block.
+    if not isinstance(target, NamedSharding) or not crosses_hosts(target) or one <= leafio.BLOCK:
+        return target  # Or the whole leaf is no more than a block.
     spec = [_names(entry) for entry in target.spec] + [()] * (len(shape) - len(target.spec))
     order = [d for d in range(len(shape)) if d != slots]
     ways = {d: math.prod(target.mesh.shape[name] for name in spec[d]) for d in order}
@@ -225,6 +226,11 @@ def readable(source: Source, target: Sharding) -> Sharding:
             spec[inner], ways[inner] = (), 1
     moved = NamedSharding(target.mesh, PartitionSpec(*(names or None for names in spec)))
     return target if moved.is_equivalent_to(target, len(shape)) else moved
+
+
+def crosses_hosts(target: Sharding) -> bool:
+    """Whether other processes hold some of the shards."""
+    return not target.is_fully_addressable
 
 
 def _names(entry: Any) -> tuple[str, ...]:
