@@ -24,9 +24,8 @@ def server():
 @pytest.fixture
 def bucket(server, tmp_path, monkeypatch):
     """A folder of this test's own in the bucket."""
-    environment = object_store.environment(server, tmp_path / "cache")
-    for name in (*server, cache.VARIABLE):
-        monkeypatch.setenv(name, environment[name])
+    for name, value in {**server, cache.VARIABLE: str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
     return f"s3://bucket/{tmp_path.name}"
 
 
