@@ -194,6 +194,7 @@ def test_beside_the_arrays_a_load_holds_the_budget(tmp_path, monkeypatch):
 WORKER = """
     import json, sys
     import jax, numpy as np
+    from flexolmo_jax.errors import RefusedError
     from flexolmo_jax.experts import leafio, model_dir, onepass
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
@@ -223,7 +224,7 @@ WORKER = """
 
     try:
         _, params, _ = model_dir.load_model(path, sharding_fn=sharding, together=True)
-    except Exception as e:
+    except RefusedError as e:
         print(json.dumps({"error": str(e)}), flush=True)
         raise SystemExit(0)
     loaded = sum(reads)
