@@ -12,6 +12,8 @@ from flexolmo_jax.pods import process
 
 # Before any test imports JAX.
 os.environ.update(process.environment())
+# A test reads what the compiler warns of.
+os.environ.update(TPU_MIN_LOG_LEVEL="1", TPU_STDERR_LOG_LEVEL="1", TF_CPP_MIN_LOG_LEVEL="1")
 os.environ.pop("XLA_FLAGS", None)
 
 if importlib.util.find_spec("libtpu") is None:

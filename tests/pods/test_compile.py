@@ -152,13 +152,14 @@ def test_the_last_shape_of_a_mesh_is_laid_out_too():
 
 
 def test_what_does_not_fit_says_so_and_what_would():
-    t = asked("anchor.py:size=1b", "v5e:1x1", rows=1, seq_len=512)
+    # A hundred layers of 1B: as quick to compile as one, since the body of a loop is compiled.
+    t = asked("anchor.py:size=1b", "v5e:2x2", layers=100, rows=4, seq_len=512)
     plan = t.measure()
     assert not plan.fits and plan.times is None and plan.mfu() is None
-    # Float32 weights and two moments of 1.48 billion parameters alone.
-    assert plan.memory.total > 1.48e9 * 12 > plan.memory.limit
+    # Float32 weights and two moments of 7 billion parameters over four chips.
+    assert plan.memory.total > 7e9 * 12 / 4 > plan.memory.limit
     found = search.advice(t, plan, lambda line: None)
-    assert found is not None and found.plan.fits and "--topology v5e:2x" in found.change
+    assert found is not None and found.plan.fits and "--topology v5e:" in found.change
 
 
 def test_a_topology_that_does_not_exist():
