@@ -99,7 +99,7 @@ def spread(value, *axes, shape=(2, 2, 2)):
     return placed.put(value, NamedSharding(mesh.make_mesh(*shape), PartitionSpec(*axes)))
 
 
-# Broken once by leaving out the position (two values swapped passed), once by adding floats.
+# Broken once by leaving out the position: two values that change places passed.
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_])
 def test_a_checksum_depends_on_content_and_position_alone(dtype):
     value = np.arange(96).reshape(8, 12) % 7
