@@ -26,7 +26,7 @@ from flexolmo_jax import mesh, model, sharding
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data import tokenize
-from flexolmo_jax.experts import model_dir, verify
+from flexolmo_jax.experts import model_dir, model_info, verify
 from flexolmo_jax.interop import hf_config, hf_export, hf_import, hf_names
 from flexolmo_jax.interop import safetensors_writer as writer
 
@@ -94,7 +94,7 @@ def load_model(work: Path) -> None:
     """Onto a mesh of fake devices, all in this process, so the weights themselves count too."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    info = model_dir.read_info(work / "model")
+    info = model_info.read_info(work / "model")
     abstract, axes = model.abstract_params(info.config), model.param_axes(info.config)
     made = mesh.make_mesh(data=2, expert=2, model=2)
     wanted = trees.flatten(sharding.param_shardings(abstract, axes, made))

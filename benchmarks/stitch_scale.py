@@ -28,7 +28,7 @@ from experiments import common
 from flexolmo_jax import mesh, model, sharding
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.experts import leafio, model_dir, stitch, verify
+from flexolmo_jax.experts import leafio, model_dir, model_info, stitch, verify
 from flexolmo_jax.experts import slice as slices
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -70,7 +70,7 @@ def make(work: Path, size: str, experts: int) -> int:
     c = config(size)
     work.mkdir(parents=True)
     (work / "tokenizer.json").write_text("{}")
-    shared = random_tree(model_dir.expected_shared(c), 0)
+    shared = random_tree(model_info.expected_shared(c), 0)
     public = random_tree(slices.expected_slice(c), 1)
     anchor = model_dir.write_model(work / "in/anchor", c, shared, public, work / "tokenizer.json")
     for i in range(experts):
@@ -119,7 +119,7 @@ def verified(work: Path) -> None:
 
 def loaded(work: Path, check: bool = True) -> None:
     """Onto a mesh of fake devices; what they hold is memory of this process and told apart."""
-    info = model_dir.read_info(work / "out")
+    info = model_info.read_info(work / "out")
     abstract, axes = model.abstract_params(info.config), model.param_axes(info.config)
     grid = mesh.make_mesh(data=2, expert=2, model=2)
     wanted = trees.flatten(sharding.param_shardings(abstract, axes, grid))

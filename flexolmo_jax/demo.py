@@ -12,7 +12,7 @@ import numpy as np
 
 from flexolmo_jax import assets, configfile, demo_evaluate, report, results
 from flexolmo_jax.errors import ConfigError, DataError
-from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import model_info
 from flexolmo_jax.experts.manifest import PUBLIC
 from flexolmo_jax.jobs import local, progress
 
@@ -87,7 +87,7 @@ def domains(workdir: Path) -> dict[str, list[str]]:
     Raises:
       DataError: an expert without held-out text.
     """
-    info = model_dir.read_info(workdir / "stitched")
+    info = model_info.read_info(workdir / "stitched")
     closed = [e for e in info.slots if e != PUBLIC]
     there = sorted(p.parent.name for p in (workdir / "data").glob("*/heldout"))
     for expert in closed:
@@ -109,7 +109,7 @@ def stages(fetched_s: float, ended: Sequence[local.JobResult]) -> dict[str, dict
 
 def collect(workdir: Path, stage_seconds: Mapping[str, Any]) -> dict[str, Any]:
     """Results of the jobs in the form of report.json."""
-    info = model_dir.read_info(workdir / "stitched")
+    info = model_info.read_info(workdir / "stitched")
     names = domains(workdir)
     found = report.read_json(workdir / "evaluation.json")
     device = found.pop("device", "unknown")
@@ -132,7 +132,7 @@ def collect(workdir: Path, stage_seconds: Mapping[str, Any]) -> dict[str, Any]:
 def training(workdir: Path, name: str) -> dict[str, Any]:
     """Steps, tokens and trained parameters of a job."""
     summary = report.read_json(workdir / "runs" / name / "summary.json")
-    info = model_dir.read_info(workdir / "stitched")
+    info = model_info.read_info(workdir / "stitched")
     expert = PUBLIC if name == "anchor" else name
     manifest = report.read_json(info.expert_path(expert) / "flexolmo.json")
     shapes = [leaf["shape"] for leaf in manifest["leaves"].values()]

@@ -16,7 +16,7 @@ from flexolmo_jax import evaluate, model, sample, sharding, tree
 from flexolmo_jax.config import ExecConfig, ModelConfig
 from flexolmo_jax.data import loader, remote_shards, shards, tokenize
 from flexolmo_jax.errors import ConfigError, DataError
-from flexolmo_jax.experts import model_dir, policy
+from flexolmo_jax.experts import model_dir, model_info, policy
 from flexolmo_jax.storage import urls
 
 logger = logging.getLogger("flexolmo")
@@ -34,7 +34,7 @@ class OpenModel:
       group: every slot stacked; slots that were not opened hold zeros and are never allowed.
     """
 
-    info: model_dir.ModelInfo
+    info: model_info.ModelInfo
     runtime: model.Runtime
     slots: dict[str, int]
     shared: tree.Tree
@@ -93,7 +93,7 @@ def open_model(
     Args:
       grid: lay the parameters out over this mesh as training does; None uses the first device.
     """
-    info = model_dir.read_info(path)
+    info = model_info.read_info(path)
     mask = policy.allowed_slots(info.slots, info.config.n_slots, allow=allow, deny=deny)
     wanted = [expert for expert, slot in info.slots.items() if mask[slot]]
     c = info.config

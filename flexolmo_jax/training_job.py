@@ -17,7 +17,7 @@ from flexolmo_jax import distributed, mesh, model, optim, placed, programs, stag
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError
-from flexolmo_jax.experts import model_dir, router_init
+from flexolmo_jax.experts import model_dir, model_info, router_init
 from flexolmo_jax.runtime import Runtime
 
 logger = logging.getLogger("flexolmo")
@@ -43,7 +43,7 @@ class TrainingJob:
     initial: Callable[[], tree.Tree]
     tokenizer: Path
     tokenizer_digest: str
-    anchor: model_dir.ModelInfo | None = None
+    anchor: model_info.ModelInfo | None = None
     slice_dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -190,10 +190,10 @@ def _router_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     )
 
 
-def _start(config: RunConfig, grid: Mesh) -> tuple[model_dir.ModelInfo, programs.Program]:
+def _start(config: RunConfig, grid: Mesh) -> tuple[model_info.ModelInfo, programs.Program]:
     """What the model that a stage starts from says of itself, and the program for it."""
     with distributed.together("reading the model that the stage starts from"):
-        info = model_dir.read_info(config.anchor)
+        info = model_info.read_info(config.anchor)
         if config.stage == "router" and info.is_anchor:
             raise ConfigError(
                 "Router tuning needs a model with experts",

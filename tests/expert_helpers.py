@@ -13,7 +13,7 @@ import pytest
 from flexolmo_jax import model
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.experts import manifest, model_dir
+from flexolmo_jax.experts import manifest, model_dir, model_info
 from flexolmo_jax.experts import slice as slices
 
 CONFIG = ModelConfig(
@@ -74,7 +74,7 @@ class World:
     """An anchor and three owners' slices."""
 
     root: Path
-    anchor: model_dir.ModelInfo
+    anchor: model_info.ModelInfo
     slices: dict[str, slices.SliceInfo]
 
     @property

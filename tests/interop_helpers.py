@@ -14,7 +14,7 @@ from flexolmo_jax import tree as trees
 from flexolmo_jax.config import RouterConfig
 from flexolmo_jax.data import prepare
 from flexolmo_jax.data.corpora import Document
-from flexolmo_jax.experts import model_dir, stitch
+from flexolmo_jax.experts import model_dir, model_info, stitch
 from flexolmo_jax.experts import slice as slices
 
 VOCAB = 300
@@ -107,7 +107,7 @@ def make_model(
         paths.append(info.path)
     plan = stitch.plan(anchor.path, paths, active=active, slots=slots)
     stitch.execute(plan, root / "model")
-    return model_dir.read_info(root / "model")
+    return model_info.read_info(root / "model")
 
 
 def recipe_router(c):

@@ -18,7 +18,7 @@ from expert_helpers import file_bytes, leaf_equal, make_slice, make_world, rewri
 from flexolmo_jax import inference
 from flexolmo_jax.cli.main import main
 from flexolmo_jax.errors import ConfigError, RefusedError
-from flexolmo_jax.experts import loading, manifest, model_dir, stitch
+from flexolmo_jax.experts import loading, manifest, model_dir, model_info, stitch
 from flexolmo_jax.experts.verify import verify
 from flexolmo_jax.interop import hf_export
 
@@ -46,7 +46,7 @@ def problems_of(call, *args, **kwargs):
 
 def test_links_and_copies_are_one_model(world, linked):
     copied = linked.with_name("copied")
-    infos = [model_dir.read_info(path) for path in (linked, copied)]
+    infos = [model_info.read_info(path) for path in (linked, copied)]
     assert infos[0].model_digest == infos[1].model_digest
     assert infos[0].links == {
         "shared": "../../anchor/shared",
@@ -191,7 +191,7 @@ def test_what_is_linked_cannot_lie_here_too(linked, world):
 def test_links_are_relative_paths_that_lead_out(linked, target):
     rewrite(linked, lambda v: v["links"].update({"experts/code": target}))
     assert {p.code for p in verify(linked)} <= {"bad-path", "manifest-schema"} and verify(linked)
-    assert problems_of(model_dir.read_info, linked)
+    assert problems_of(model_info.read_info, linked)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_the_commands_know_both_ways(world, tmp_path, capsys):
     found = json.loads((tmp_path / "j").read_text())
     assert found["links"]["experts/news"] == "../w/slices/news"
     assert found["bytes_copied"] < 100 < found["bytes_checked"] and found["peak_host_gib"] > 0
-    copied = model_dir.read_info(world.root / "models/copied")
+    copied = model_info.read_info(world.root / "models/copied")
     assert found["digests"]["model_digest"] == copied.model_digest
     assert "must stay there" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "m"), "--json", str(tmp_path / "v")]) == 0

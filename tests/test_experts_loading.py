@@ -188,7 +188,8 @@ def test_beside_the_arrays_a_load_holds_the_budget(tmp_path, monkeypatch):
     arrays = sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards)
     largest = max(leaf.nbytes for leaf in leaves)
     assert largest == 64 << 20
-    assert grown[0] < arrays + 4 * loading.BUDGET
+    # A leaf held whole would be eight budgets; an allocator beside it keeps up to two.
+    assert grown[0] < arrays + 6 * loading.BUDGET
 
 
 WORKER = """

@@ -25,7 +25,7 @@ from expert_helpers import (
 from flexolmo_jax import checkpoint, files, model, sharding
 from flexolmo_jax import tree as trees
 from flexolmo_jax.errors import ConfigError, RefusedError
-from flexolmo_jax.experts import leafio, model_dir, stitch, verify
+from flexolmo_jax.experts import leafio, model_dir, model_info, stitch, verify
 from flexolmo_jax.experts import slice as slices
 
 P = jax.sharding.PartitionSpec
@@ -54,7 +54,7 @@ def test_an_anchor_comes_back_bit_for_bit(world):
     assert leaf_equal(params, random_tree(model.abstract_params(CONFIG), 0))
     assert info.training == {"steps": 3, "tokens": 96, "seed": 0}
     assert info.tokenizer_path.read_text() == '{"seed": 0}'
-    assert model_dir.read_info(world.anchor.path) == info == world.anchor
+    assert model_info.read_info(world.anchor.path) == info == world.anchor
 
 
 def test_a_model_holds_every_slice_in_its_slot_and_zeros_elsewhere(world):
@@ -233,7 +233,7 @@ def test_tokenizer_files_of_others_travel_with_the_model(tmp_path, world):
     assert anchor.anchor_digest == world.anchor.anchor_digest
     stitch.execute(stitch.plan(anchor.path, world.paths), tmp_path / "m")
     for path in (anchor.path, tmp_path / "m"):
-        found = model_dir.read_info(path).companions
+        found = model_info.read_info(path).companions
         assert {name: file.read_text() for name, file in found.items()} == texts
         assert verify.verify(path) == []
         model_dir.load_model(path)
@@ -286,7 +286,7 @@ def test_an_anchor_digest_names_weights_tokenizer_and_architecture(tmp_path, wor
     more = make_anchor(tmp_path / "more", config=CONFIG.replace(n_slots=4, n_active=2))
     assert more.anchor_digest == again.anchor_digest
     assert more.model_digest != again.model_digest
-    stitched = model_dir.read_info(world.root / "model")
+    stitched = model_info.read_info(world.root / "model")
     assert stitched.anchor_digest == again.anchor_digest
 
 

@@ -21,7 +21,7 @@ from flexolmo_jax import files
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import RouterConfig
 from flexolmo_jax.errors import ConfigError, RefusedError
-from flexolmo_jax.experts import model_dir, stitch
+from flexolmo_jax.experts import model_dir, model_info, stitch
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.experts.verify import verify
 
@@ -83,7 +83,7 @@ def test_unstitch_is_the_exact_inverse(world, tmp_path):
         assert result["manifest_digest"] == info.digest
     again = stitched(world, tmp_path / "again", [tmp_path / n for n in world.slices])
     assert file_bytes(tmp_path / "again") == file_bytes(tmp_path / "m")
-    assert again["model_digest"] == model_dir.read_info(tmp_path / "m").model_digest
+    assert again["model_digest"] == model_info.read_info(tmp_path / "m").model_digest
 
 
 def test_unstitch_refuses_what_it_cannot_give_back_exactly(world, tmp_path):

@@ -23,7 +23,7 @@ from flexolmo_jax.config import RouterConfig
 from flexolmo_jax.data import prepare, tokenize
 from flexolmo_jax.data.corpora import Document
 from flexolmo_jax.errors import AssetError, ConfigError, RefusedError
-from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import model_dir, model_info
 from flexolmo_jax.interop import gguf_file, gguf_import, gguf_tokenizer
 from flexolmo_jax.sample import SampleConfig
 
@@ -81,7 +81,7 @@ def tiny(tmp_path_factory):
 
 def test_the_model_of_a_file(tiny):
     file, result, out = tiny
-    info = model_dir.read_info(out)
+    info = model_info.read_info(out)
     c = info.config
     assert (c.n_layers, c.d_model, c.d_ffn, c.n_heads, c.n_kv_heads, c.d_head) == (
         2,

@@ -27,7 +27,7 @@ from flexolmo_jax.cli import main
 from flexolmo_jax.config import RouterConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError, DataError, MachineError, Problem, RefusedError
-from flexolmo_jax.experts import leafio, model_dir, verify
+from flexolmo_jax.experts import leafio, model_dir, model_info, verify
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.interop import assemble, hf_config, hf_export, hf_import, hf_names
 from flexolmo_jax.interop import safetensors_files as st
@@ -105,7 +105,7 @@ def test_an_exported_model_comes_back_bit_for_bit(tmp_path, kind, dtype):
     hf_export.execute(hf_export.plan(info.path, shard_size="20KB"), tmp_path / "hf")
     result = hf_import.import_hf(tmp_path / "hf", tmp_path / "back")
     assert result["restored"] is True and result["dtypes"] == [dtype]
-    back = model_dir.read_info(tmp_path / "back")
+    back = model_info.read_info(tmp_path / "back")
     for name in ("config", "slots", "manifest_digests", "model_digest", "training"):
         assert getattr(back, name) == getattr(info, name)
     for folder in ("shared", "experts"):
@@ -127,7 +127,7 @@ def test_a_subset_comes_back_under_its_names(tmp_path):
     hf_export.execute(hf_export.plan(info.path, deny=["math"]), tmp_path / "hf")
     result = hf_import.import_hf(tmp_path / "hf", tmp_path / "back")
     assert result["restored"] is None and result["experts"] == ["public", "code", "news"]
-    back = model_dir.read_info(tmp_path / "back")
+    back = model_info.read_info(tmp_path / "back")
     assert back.anchor_digest == info.anchor_digest
     assert {e: back.manifest_digests[e] for e in back.slots} == {
         e: d for e, d in info.manifest_digests.items() if e != "math"
@@ -146,7 +146,7 @@ def test_files_of_others_become_our_leaves(tmp_path, kind, parts):
     names = ["public", "expert1", "expert2"] if kind in MIXTURES else ["public"]
     assert result["experts"] == names and result["restored"] is None
     assert verify.verify(tmp_path / "m") == []
-    facts = model_dir.read_info(tmp_path / "m").training["imported"]
+    facts = model_info.read_info(tmp_path / "m").training["imported"]
     assert (facts["format"], facts["architecture"]) == ("hf", kind)
 
 
@@ -366,7 +366,7 @@ def test_the_tokenizer_and_the_files_beside_it(tmp_path):
     for name, text in {**texts, **others}.items():
         (folder / name).write_text(text)
     hf_import.import_hf(folder, tmp_path / "m")
-    info = model_dir.read_info(tmp_path / "m")
+    info = model_info.read_info(tmp_path / "m")
     assert {name: path.read_text() for name, path in info.companions.items()} == texts
     assert info.tokenizer_path.read_bytes() == tokenizer_file().read_bytes()
     assert verify.verify(info.path) == []
@@ -378,7 +378,7 @@ def test_the_tokenizer_and_the_files_beside_it(tmp_path):
     with pytest.raises(RefusedError, match="--tokenizer PATH"):
         hf_import.import_hf(folder, tmp_path / "x")
     hf_import.import_hf(folder, tmp_path / "given", tokenizer=tokenizer_file())
-    given = model_dir.read_info(tmp_path / "given")
+    given = model_info.read_info(tmp_path / "given")
     assert given.anchor_digest == info.anchor_digest and given.companions == {}
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="Not a tokenizer file"):
@@ -520,7 +520,7 @@ def test_command(tmp_path, capsys):
     args = ["import", "--from", "hf", str(tmp_path / "other"), "--out", str(tmp_path / "n")]
     names = ["--experts", "public, math,code", "--dtype", "bfloat16"]
     assert main.main([*args, *names]) == 0
-    assert list(model_dir.read_info(tmp_path / "n").slots) == ["public", "math", "code"]
+    assert list(model_info.read_info(tmp_path / "n").slots) == ["public", "math", "code"]
     for wrong, message in (
         (["--from", "hff"], "did you mean 'hf'"),
         (["--dtype", "float8"], "Unknown dtype"),

@@ -22,7 +22,7 @@ from flexolmo_jax.errors import (
     MachineError,
     RefusedError,
 )
-from flexolmo_jax.experts import leafio, model_dir, regions, remote, stitch, verify
+from flexolmo_jax.experts import leafio, model_dir, model_info, regions, remote, stitch, verify
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.storage import cache, client, output, urls
 
@@ -219,12 +219,12 @@ def test_objects_that_no_list_names_are_refused(at, tmp_path, made):
     url = send(model, f"s3://{at}/model")
     client.write(f"{url}/optimizer/state", b"x")
     with pytest.raises(RefusedError, match=r"leftover-state.*optimizer/state"):
-        model_dir.read_info(url)
+        model_info.read_info(url)
 
 
 def test_a_url_with_nothing_is_no_model(at):
     with pytest.raises(RefusedError, match="nothing under this URL"):
-        model_dir.read_info(f"s3://{at}/none")
+        model_info.read_info(f"s3://{at}/none")
 
 
 def test_the_cache_is_filled_once_by_many(at, tmp_path, monkeypatch, made):
@@ -309,7 +309,7 @@ def test_an_upload_cut_off_is_no_model_and_can_go_on(at, tmp_path, monkeypatch, 
     with pytest.raises(MachineError, match="cut off"):
         output.upload(model, url, "flexolmo.json")
     with pytest.raises(RefusedError, match="not finished"):
-        model_dir.read_info(url)
+        model_info.read_info(url)
     monkeypatch.setattr(client, "write", original)
     other = directory(tmp_path / "other", "other")
     with pytest.raises(ConfigError, match="Another writer is filling"):

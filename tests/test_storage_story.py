@@ -33,7 +33,7 @@ from flexolmo_jax.config import (
 )
 from flexolmo_jax.data import prepare, tokenize
 from flexolmo_jax.data.corpora import Document
-from flexolmo_jax.experts import model_dir, package, verify
+from flexolmo_jax.experts import model_dir, model_info, package, verify
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.storage import cache, client, output
 
@@ -202,7 +202,7 @@ def test_an_expert_by_url_from_training_to_the_model(text, tmp_path):
 
     run("unstitch", "--model", whole, "--expert", "own", "--out", f"{BUCKET}/returned")
     assert verify.identity(f"{BUCKET}/returned") == verify.identity(f"{BUCKET}/slices/own")
-    assert list(model_dir.read_info(whole).slots) == ["public", "own"]
+    assert list(model_info.read_info(whole).slots) == ["public", "own"]
 
     # One bit in the store, and verify names the object.
     damaged = "experts/own/params/w_up/0.0.0"

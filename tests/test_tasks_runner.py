@@ -16,7 +16,7 @@ from flexolmo_jax import assets, inference
 from flexolmo_jax.cli import eval as cli_eval
 from flexolmo_jax.cli import main as cli
 from flexolmo_jax.errors import ConfigError, DataError
-from flexolmo_jax.experts import model_dir, stitch
+from flexolmo_jax.experts import model_info, stitch
 from flexolmo_jax.tasks import catalog, metrics, runner, scorefile, scoring, sources, table
 from flexolmo_jax.tasks.example import Example
 
@@ -138,7 +138,7 @@ def test_scores_of_other_settings_are_not_taken_over(root, tmp_path):
         )
     other = root / "slices" / "other"
     if not other.exists():
-        expert_helpers.make_slice(other, model_dir.read_info(root / "anchor"), "news", 7)
+        expert_helpers.make_slice(other, model_info.read_info(root / "anchor"), "news", 7)
         paths = [root / "slices/code", other]
         stitch.execute(stitch.plan(root / "anchor", paths, active=2), root / "other")
     kept = len(list(tmp_path.iterdir()))

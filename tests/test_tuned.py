@@ -11,7 +11,7 @@ from flexolmo_jax.config import DataConfig, ExecConfig, OptimConfig, RunConfig, 
 from flexolmo_jax.data import prepare
 from flexolmo_jax.data.corpora import Document
 from flexolmo_jax.errors import ConfigError, RefusedError
-from flexolmo_jax.experts import model_dir, package, stitch, verify
+from flexolmo_jax.experts import model_dir, model_info, package, stitch, verify
 from flexolmo_jax.tasks import runner
 
 
@@ -57,7 +57,7 @@ def test_a_tuned_model_has_the_experts_as_they_were_and_the_rows_of_the_run(root
 
 
 def test_a_tuned_model_is_no_model_of_the_anchor(root):
-    before, after = (model_dir.read_info(root / name) for name in ("stitched", "tuned"))
+    before, after = (model_info.read_info(root / name) for name in ("stitched", "tuned"))
     assert after.trained_together == "router" and before.trained_together == ""
     assert after.training["tuned_from"] == before.model_digest
     assert after.anchor_digest != before.anchor_digest
@@ -65,7 +65,7 @@ def test_a_tuned_model_is_no_model_of_the_anchor(root):
         stitch.plan(root / "tuned", [root / "slices" / "code"])
     with pytest.raises(RefusedError, match="wrong-anchor"):
         stitch.plan(root / "anchor", [root / "tuned" / "experts" / "code"])
-    piece, _ = model_dir.member_info(after, "code")
+    piece, _ = model_info.member_info(after, "code")
     assert piece is not None
     assert piece.manifest["recipe"]["slice"] == before.manifest_digests["code"]
 
@@ -97,7 +97,7 @@ def test_router_tuning_needs_experts(root, tmp_path):
 
 
 def test_a_joint_mixture_becomes_a_model(root, tmp_path):
-    config = model_dir.read_info(root / "anchor").config.replace(n_slots=3, n_active=2)
+    config = model_info.read_info(root / "anchor").config.replace(n_slots=3, n_active=2)
     fields = {"model": config, "tokenizer": str(root / "tokenizer.json")}
     train.fit(job(root, "joint", **fields), tmp_path / "run")
     package.package(tmp_path / "run", tmp_path / "out")
@@ -110,7 +110,7 @@ def test_a_joint_mixture_becomes_a_model(root, tmp_path):
 
 
 def test_the_stages_refuse_a_model_of_the_wrong_width(root, tmp_path):
-    config = model_dir.read_info(root / "anchor").config
+    config = model_info.read_info(root / "anchor").config
     fields = {"tokenizer": str(root / "tokenizer.json")}
     with pytest.raises(ConfigError, match="more slots than one"):
         train.fit(job(root, "joint", model=config, **fields), tmp_path / "run")

@@ -21,7 +21,7 @@ from flexolmo_jax import checkpoint, distributed
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import CheckpointError, ConfigError, nearest
-from flexolmo_jax.experts import leafio, model_dir, remote, tuned
+from flexolmo_jax.experts import leafio, model_dir, model_info, remote, tuned
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import check_files, hash_files, list_files, write_text
@@ -149,7 +149,7 @@ def expected(stage: str, config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]
     }
     if stage == "router":
         return {name: group[name] for name in ("router", "bias")}
-    shared = model_dir.expected_shared(config)
+    shared = model_info.expected_shared(config)
     return {f"experts/{n}": x for n, x in group.items()} | {
         f"shared/{n}": x for n, x in shared.items()
     }
@@ -308,7 +308,7 @@ def _package_slice(
 
 def _package_model(
     final: Final, out: str | Path, params: trees.Tree, recipe: dict, card: dict
-) -> model_dir.ModelInfo:
+) -> model_info.ModelInfo:
     """An anchor, or a mixture whose experts trained together and are nobody's."""
     joint = final.stage == "joint"
     experts = [

@@ -17,7 +17,7 @@ from typing import Any
 from flexolmo_jax.config import ModelConfig, RouterConfig, from_dict
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError
 from flexolmo_jax.experts import manifest as manifests
-from flexolmo_jax.experts import model_dir, onepass
+from flexolmo_jax.experts import model_dir, model_info, onepass
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import atomic_directory, list_files, require_space
 from flexolmo_jax.storage import cache
@@ -33,7 +33,7 @@ class StitchPlan:
       pieces: slot to slice, in slot order; slot 0 is the anchor's public slice.
     """
 
-    anchor: model_dir.ModelInfo
+    anchor: model_info.ModelInfo
     config: ModelConfig
     pieces: dict[int, slices.SliceInfo]
 
@@ -94,7 +94,7 @@ def plan(
             got=f"slots={slots}, like={like}",
         )
     base, public = _read_anchor(anchor)
-    like_info = None if like is None else model_dir.read_info(like)
+    like_info = None if like is None else model_info.read_info(like)
     pieces, problems = [], []
     for path in experts:
         piece, found = slices.read_slice_info(path)
@@ -116,9 +116,9 @@ def plan(
     return StitchPlan(base, config, {0: public, **dict(sorted(taken.items()))})
 
 
-def _read_anchor(path: str | Path) -> tuple[model_dir.ModelInfo, slices.SliceInfo]:
+def _read_anchor(path: str | Path) -> tuple[model_info.ModelInfo, slices.SliceInfo]:
     """The anchor and its public slice, or a RefusedError."""
-    base, problems = model_dir.parse_info(path)
+    base, problems = model_info.parse_info(path)
     if base is None:
         raise RefusedError(f"{path} is not an anchor that can be used", problems)
     if not base.is_anchor:
@@ -126,20 +126,20 @@ def _read_anchor(path: str | Path) -> tuple[model_dir.ModelInfo, slices.SliceInf
         raise RefusedError(
             "The slices cannot be stitched",
             [Problem("not-an-anchor", str(path), "", message)],
-            fix=f"name the anchor, and the slices in {base.path / model_dir.EXPERTS} one by one",
+            fix=f"name the anchor, and the slices in {base.path / model_info.EXPERTS} one by one",
         )
-    public, problems = model_dir.member_info(base, manifests.PUBLIC)
-    problems = problems + model_dir.shared_file_problems(base)
+    public, problems = model_info.member_info(base, manifests.PUBLIC)
+    problems = problems + model_info.shared_file_problems(base)
     if public is not None:
         problems += slices.listing_problems(public)
-        problems += model_dir.anchor_problems(base, public)
+        problems += model_info.anchor_problems(base, public)
     if public is None or problems:
         raise RefusedError(f"{path} is not an anchor that can be used", problems)
     return base, public
 
 
-def _slice_problems(base: model_dir.ModelInfo, piece: slices.SliceInfo) -> list[Problem]:
-    out = model_dir.belongs_problems(base, piece)
+def _slice_problems(base: model_info.ModelInfo, piece: slices.SliceInfo) -> list[Problem]:
+    out = model_info.belongs_problems(base, piece)
     out += slices.listing_problems(piece)
     if piece.expert == manifests.PUBLIC:
         message = "the public expert comes with the anchor and cannot be given as a slice"
@@ -148,9 +148,9 @@ def _slice_problems(base: model_dir.ModelInfo, piece: slices.SliceInfo) -> list[
 
 
 def _together_problems(
-    base: model_dir.ModelInfo,
+    base: model_info.ModelInfo,
     pieces: Sequence[slices.SliceInfo],
-    like: model_dir.ModelInfo | None,
+    like: model_info.ModelInfo | None,
 ) -> list[Problem]:
     out, seen = [], {}
     for piece in pieces:
@@ -172,7 +172,7 @@ def _together_problems(
     return out
 
 
-def _router_of(base: model_dir.ModelInfo, piece: slices.SliceInfo) -> RouterConfig | str:
+def _router_of(base: model_info.ModelInfo, piece: slices.SliceInfo) -> RouterConfig | str:
     """The router a slice was trained with, the anchor's if it does not say, or what is wrong."""
     recorded = piece.manifest["recipe"].get("router")
     if recorded is None:
@@ -226,10 +226,10 @@ def execute(
     out, anchor = Path(out), stitch_plan.anchor
     links = _links(stitch_plan, out) if link else {}
     with atomic_directory(out) as work:
-        items = model_dir.text_items(anchor, work)
-        items += model_dir.shared_items(anchor, None if link else work)
+        items = model_info.text_items(anchor, work)
+        items += model_info.shared_items(anchor, None if link else work)
         for piece in stitch_plan.pieces.values():
-            folder = work / model_dir.EXPERTS / piece.expert
+            folder = work / model_info.EXPERTS / piece.expert
             items += slices.items(piece, None if link else folder)
         size = sum(item.nbytes or 0 for item in items)
         if not link:
@@ -239,7 +239,7 @@ def execute(
             raise RefusedError("The slices cannot be stitched", judged.problems)
         copied = sum(item.target.stat().st_size for item in items if item.target is not None)
         for piece in () if link else stitch_plan.pieces.values():
-            copied += _write_manifest(piece, work / model_dir.EXPERTS / piece.expert)
+            copied += _write_manifest(piece, work / model_info.EXPERTS / piece.expert)
         model_dir.write_info(
             work,
             config=stitch_plan.config,
@@ -319,11 +319,11 @@ def unstitch(
       ConfigError: no such expert, or the public one, which is part of the anchor.
       MachineError: the disk has too little room.
     """
-    info, out = model_dir.read_info(model), Path(out)
+    info, out = model_info.read_info(model), Path(out)
     info.expert_path(expert)
     if expert == manifests.PUBLIC:
         raise ConfigError("The public expert is part of the anchor, it is no slice", got=expert)
-    piece, problems = model_dir.member_info(info, expert)
+    piece, problems = model_info.member_info(info, expert)
     if piece is not None:
         problems += slices.listing_problems(piece)
     if piece is None or problems:

@@ -14,7 +14,7 @@ import numpy as np
 
 from flexolmo_jax import tree as trees
 from flexolmo_jax.errors import Problem, RefusedError
-from flexolmo_jax.experts import leafio, model_dir, remote, verify
+from flexolmo_jax.experts import leafio, model_dir, model_info, remote, verify
 from flexolmo_jax.experts import slice as slices
 
 
@@ -27,7 +27,7 @@ def write_tuned(
     training: Mapping[str, int],
     recipe: Mapping[str, Any],
     data_card: Mapping[str, Any],
-) -> model_dir.ModelInfo:
+) -> model_info.ModelInfo:
     """Writes the stitched model with other router rows and biases; its experts are copied.
 
     Args:
@@ -40,7 +40,7 @@ def write_tuned(
       RefusedError: another model than the one that was tuned, or a damaged one.
     """
     folder = remote.local_dir(model)
-    info = model_dir.read_info(folder)
+    info = model_info.read_info(folder)
     problems = verify.verify(model)
     if info.model_digest != model_digest:
         message = f"model_digest is {info.model_digest}, the tuning began with {model_digest}"
@@ -68,13 +68,13 @@ def write_tuned(
 
 
 def _member(
-    info: model_dir.ModelInfo,
+    info: model_info.ModelInfo,
     expert: str,
     rows: Mapping[str, np.ndarray],
     training: Mapping[str, int],
 ) -> model_dir.Member:
     """One expert with its own FFN and the tuned rows of its slot, in the dtypes it had."""
-    piece, problems = model_dir.member_info(info, expert)
+    piece, problems = model_info.member_info(info, expert)
     if piece is None or problems:
         raise RefusedError("An expert of the model cannot be used", problems)
     table, slot = piece.manifest["leaves"], info.slots[expert]

@@ -6,7 +6,7 @@ from typing import Any
 
 from flexolmo_jax.errors import Problem, RefusedError
 from flexolmo_jax.experts import manifest as manifests
-from flexolmo_jax.experts import model_dir, onepass, remote
+from flexolmo_jax.experts import model_info, onepass, remote
 from flexolmo_jax.experts import slice as slices
 
 
@@ -43,21 +43,21 @@ def _verify_slice(path: Path, note: onepass.Note | None) -> list[Problem]:
 
 
 def _verify_model(path: Path, note: onepass.Note | None) -> list[Problem]:
-    info, problems = model_dir.parse_info(path)
+    info, problems = model_info.parse_info(path)
     if info is None:
         return problems
-    problems = model_dir.shared_file_problems(info)
+    problems = model_info.shared_file_problems(info)
     pieces = []
     for expert in info.slots:
-        piece, found = model_dir.member_info(info, expert)
+        piece, found = model_info.member_info(info, expert)
         problems += found
         if piece is not None:
             pieces.append(piece)
             problems += slices.listing_problems(piece)
     if problems:
         return problems
-    problems = model_dir.anchor_problems(info, pieces[0]) + slices.dtype_problems(pieces)
-    items = model_dir.text_items(info) + model_dir.shared_items(info)
+    problems = model_info.anchor_problems(info, pieces[0]) + slices.dtype_problems(pieces)
+    items = model_info.text_items(info) + model_info.shared_items(info)
     for piece in pieces:
         items += slices.items(piece)
     return problems + onepass.judge(items, note).problems

@@ -22,7 +22,7 @@ from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig, RouterConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError
-from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import model_dir, model_info
 from flexolmo_jax.interop import assemble, gguf_file, gguf_tokenizer, hf_config, hf_names
 
 ARCHITECTURE = "llama"
@@ -91,7 +91,7 @@ def import_gguf(src: str | Path, out: str | Path, *, dtype: str = "float32") -> 
     shared, (public,) = assemble.leaves(architecture, config, _source(file, config), dtype)
     facts = _facts(file, words)
     with tempfile.TemporaryDirectory() as tmp:
-        tokenizer = Path(tmp) / model_dir.TOKENIZER
+        tokenizer = Path(tmp) / model_info.TOKENIZER
         tokenize.save(words.tokenizer, tokenizer)
         tokenize.load(tokenizer)
         info = model_dir.write_model(

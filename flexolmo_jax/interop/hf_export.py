@@ -20,7 +20,7 @@ from flexolmo_jax import tree as trees
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError, nearest
-from flexolmo_jax.experts import leafio, model_dir, policy
+from flexolmo_jax.experts import leafio, model_info, policy
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import atomic_directory, copy_listed, require_space, write_text
 from flexolmo_jax.interop import assemble, hf_config, hf_extra, hf_import, hf_names
@@ -43,7 +43,7 @@ class ExportPlan:
       notes: what a user should know about other programs.
     """
 
-    info: model_dir.ModelInfo
+    info: model_info.ModelInfo
     pieces: tuple[slices.SliceInfo, ...]
     config: ModelConfig
     architecture: hf_config.Architecture
@@ -90,7 +90,7 @@ def plan(
       ConfigError: options that do not fit the model.
     """
     shard_bytes = writer.parse_size(shard_size)
-    info = model_dir.read_info(path)
+    info = model_info.read_info(path)
     mask = policy.allowed_slots(info.slots, info.config.n_slots, allow=allow, deny=deny)
     pieces = _pieces(info, mask)
     config = _config(info, mask, active)
@@ -117,24 +117,24 @@ def effective_bias(raw: np.ndarray) -> float:
     return float(np.logaddexp(np.float32(0), raw.astype(np.float32)).max())
 
 
-def _pieces(info: model_dir.ModelInfo, mask: np.ndarray) -> tuple[slices.SliceInfo, ...]:
+def _pieces(info: model_info.ModelInfo, mask: np.ndarray) -> tuple[slices.SliceInfo, ...]:
     """The manifests of the chosen experts, checked with the shared files; reads no weights."""
-    pieces, problems = [], model_dir.shared_file_problems(info)
+    pieces, problems = [], model_info.shared_file_problems(info)
     for expert in (e for e, slot in info.slots.items() if mask[slot]):
-        piece, found = model_dir.member_info(info, expert)
+        piece, found = model_info.member_info(info, expert)
         problems += found
         if piece is not None:
             pieces.append(piece)
             problems += slices.listing_problems(piece)
     if not problems:
         problems += slices.dtype_problems(pieces)
-        problems += model_dir.anchor_problems(info, pieces[0])
+        problems += model_info.anchor_problems(info, pieces[0])
     if problems:
         raise RefusedError(f"{info.path} cannot be exported", problems)
     return tuple(pieces)
 
 
-def _config(info: model_dir.ModelInfo, mask: np.ndarray, active: int | None) -> ModelConfig:
+def _config(info: model_info.ModelInfo, mask: np.ndarray, active: int | None) -> ModelConfig:
     """The configuration of the exported model: no empty slots."""
     c = info.config
     wanted = c.n_active if active is None else active
@@ -149,7 +149,7 @@ def _config(info: model_dir.ModelInfo, mask: np.ndarray, active: int | None) -> 
 
 
 def _architecture(
-    info: model_dir.ModelInfo, config: ModelConfig, biases: Mapping[str, float]
+    info: model_info.ModelInfo, config: ModelConfig, biases: Mapping[str, float]
 ) -> hf_config.Architecture:
     """The class of transformers, or a refusal with everything that stands in the way."""
     problems, found, fix = [], None, None
@@ -171,7 +171,7 @@ def _architecture(
 
 
 def _dtype(
-    info: model_dir.ModelInfo,
+    info: model_info.ModelInfo,
     pieces: tuple[slices.SliceInfo, ...],
     dtype: str | None,
     dropped: Collection[str],
@@ -378,12 +378,12 @@ def _write_texts(export: ExportPlan, work: Path, dropped_bias: Mapping[str, Any]
     """config.json, generation_config.json and the tokenizer."""
     info, listed = export.info, export.info.content["files"]
     problems = _companion_problems(info)
-    copy_listed(info.path, work, {model_dir.TOKENIZER: info.tokenizer_digest}, problems)
-    others = {name: listed[f"{model_dir.COMPANIONS}/{name}"] for name in info.companions}
-    copy_listed(info.path / model_dir.COMPANIONS, work, others, problems)
+    copy_listed(info.path, work, {model_info.TOKENIZER: info.tokenizer_digest}, problems)
+    others = {name: listed[f"{model_info.COMPANIONS}/{name}"] for name in info.companions}
+    copy_listed(info.path / model_info.COMPANIONS, work, others, problems)
     if problems:
         raise RefusedError(f"{info.path} cannot be exported", problems)
-    tokenizer = tokenize.load(work / model_dir.TOKENIZER)
+    tokenizer = tokenize.load(work / model_info.TOKENIZER)
     eos, pad = tokenize.eos_id(tokenizer), tokenizer.token_to_id(tokenize.PAD)
     extra = hf_extra.describe(
         info, export.pieces, complete=export.complete, dropped_bias=dropped_bias
@@ -410,7 +410,7 @@ def _write_texts(export: ExportPlan, work: Path, dropped_bias: Mapping[str, Any]
             _write_json(work / name, value)
 
 
-def _companion_problems(info: model_dir.ModelInfo) -> list[Problem]:
+def _companion_problems(info: model_info.ModelInfo) -> list[Problem]:
     """Files that a maker of models could hope to get loaded, or run, under another name."""
     return [
         Problem("file-extra", str(path), "", "not a file that belongs to a tokenizer")

@@ -18,7 +18,7 @@ import numpy as np
 
 import flexolmo_jax
 from flexolmo_jax import model
-from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import model_info
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.interop import safetensors_writer as writer
 
@@ -29,7 +29,7 @@ DEFAULTS = {"bias": model.NO_BIAS, "router": 0.0}
 
 
 def describe(
-    info: model_dir.ModelInfo,
+    info: model_info.ModelInfo,
     pieces: Sequence[slices.SliceInfo],
     *,
     complete: bool,

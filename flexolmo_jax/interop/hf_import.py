@@ -18,7 +18,7 @@ import numpy as np
 from flexolmo_jax import tree as trees
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError
-from flexolmo_jax.experts import leafio, model_dir
+from flexolmo_jax.experts import leafio, model_dir, model_info
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.interop import assemble, hf_config, hf_extra, hf_names
@@ -138,9 +138,9 @@ def require_tensors(found: Iterable[Problem]) -> None:
         raise RefusedError("The tensors are not those of the model in config.json", problems)
 
 
-def _tables(info: model_dir.ModelInfo) -> Iterator[Mapping[str, Any]]:
+def _tables(info: model_info.ModelInfo) -> Iterator[Mapping[str, Any]]:
     yield from info.content["shared"].values()
-    piece, _ = model_dir.member_info(info, manifests.PUBLIC)
+    piece, _ = model_info.member_info(info, manifests.PUBLIC)
     yield from piece.manifest["leaves"].values() if piece else ()
 
 
@@ -335,9 +335,9 @@ def is_companion(name: str) -> bool:
 
 def _tokenizer(src: Path, found: HfModel, given: str | Path | None) -> tuple[Path, dict[str, Path]]:
     """The tokenizer.json to take, and the files beside it that other programs want."""
-    path = files.own_file(src, model_dir.TOKENIZER) if given is None else tokenize.locate(given)
+    path = files.own_file(src, model_info.TOKENIZER) if given is None else tokenize.locate(given)
     if path is None:
-        problem = Problem("file-missing", str(src / model_dir.TOKENIZER), "", "no tokenizer.json")
+        problem = Problem("file-missing", str(src / model_info.TOKENIZER), "", "no tokenizer.json")
         raise RefusedError(
             "The directory has no tokenizer that can be used",
             [problem],

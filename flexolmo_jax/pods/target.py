@@ -169,6 +169,6 @@ def _named_model(reference: str) -> ModelConfig:
 
 def _model_on_disk(path: str) -> ModelConfig:
     # Most plans need no model directory, and none of what reads one.
-    from flexolmo_jax.experts import model_dir
+    from flexolmo_jax.experts import model_info
 
-    return model_dir.read_info(path).config
+    return model_info.read_info(path).config

@@ -15,7 +15,7 @@ from flexolmo_jax import tree as trees
 from flexolmo_jax.cli import main as cli
 from flexolmo_jax.config import ModelConfig, RouterConfig, from_dict
 from flexolmo_jax.errors import ConfigError, MachineError, RefusedError
-from flexolmo_jax.experts import manifest, model_dir
+from flexolmo_jax.experts import manifest, model_info
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.interop import hf_export
 from flexolmo_jax.interop import safetensors_writer as writer
@@ -191,7 +191,7 @@ def poison_model(folder, name, values):
         value["model_digest"] = manifest.model_digest(value["anchor_digest"], c, value["slots"])
 
     rewrite(folder, change)
-    model_dir.read_info(folder)
+    model_info.read_info(folder)
 
 
 def test_float32_values_beyond_bfloat16(flex, tmp_path, out):
