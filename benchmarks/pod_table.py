@@ -3,13 +3,16 @@
 
     python benchmarks/pod_table.py --out runs/pods [--only 37.6B] [--quick]
 
-Each row is what `flexolmo plan` answers; an answer in the folder is not asked for again. Needs the
-extra `tpu`; nothing here was measured on a TPU.
+Each row is what `flexolmo plan` answers; an answer in the folder is not asked for again. The tests
+of whole pods leave theirs there too, so that nothing is compiled twice:
+
+    FLEXOLMO_POD_ANSWERS=runs/pods make test-pods PODS=
+
+Needs the extra `tpu`; nothing here was measured on a TPU.
 """
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -25,8 +28,7 @@ HEAD = ("program", "pod", "mesh", "rows", "HBM, GiB", "", "step, s", "tokens/s/c
 
 def answer(pod: pods.Pod, folder: Path) -> dict:
     """The plan of a pod, from the folder or from the compiler."""
-    name = re.sub(r"\W+", "-", f"{pod.name} {pod.config} {pod.topology} x{pod.slices} {pod.rows}")
-    path = folder / f"{name}.json"
+    path = folder / pod.answer
     if not path.is_file():
         result = process.plan(pod.request(str(ROOT / "experiments")))
         path.write_text(json.dumps(result, indent=1) + "\n")

@@ -6,6 +6,7 @@ Rows are those that a step computes at once; a larger batch is made of several s
 """
 
 import dataclasses
+import re
 
 from flexolmo_jax.pods.process import Request
 
@@ -31,6 +32,12 @@ class Pod:
     stage: str = ""
     slices: int = 1
     quick: bool = False
+
+    @property
+    def answer(self) -> str:
+        """Name of the file with its plan."""
+        words = f"{self.name} {self.config} {self.topology} x{self.slices} {self.rows}"
+        return re.sub(r"\W+", "-", words) + ".json"
 
     def request(self, folder: str) -> Request:
         """What `flexolmo plan` is asked.

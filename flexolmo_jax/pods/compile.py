@@ -7,9 +7,7 @@ JAX.
 """
 
 import dataclasses
-import hashlib
 import os
-import re
 import time
 from typing import Any
 
@@ -19,7 +17,7 @@ from jax.experimental import topologies
 from flexolmo_jax import mesh, programs
 from flexolmo_jax.config import ExecConfig
 from flexolmo_jax.errors import ConfigError
-from flexolmo_jax.pods import memory, predict, work
+from flexolmo_jax.pods import digest, memory, predict, work
 from flexolmo_jax.pods.axes import Layout, Place
 from flexolmo_jax.pods.chips import Topology
 from flexolmo_jax.pods.memory import Memory
@@ -40,7 +38,7 @@ class Plan:
       model_flops: of one call over all chips that the stage needs.
       compiled_flops: of one call over all chips that the program does.
       collective_bytes: mesh axis to kind to bytes per chip and call.
-      program_hash: of the compiled text without names of places in the source.
+      program_hash: of what the compiled program is (`pods.digest`).
     """
 
     topology: Topology
@@ -251,7 +249,7 @@ def measure(program: programs.Program, topology: Topology, accumulate: int = 1) 
         model_flops=program.model_flops,
         compiled_flops=done.flops * topology.devices,
         collective_bytes=traffic(done, over),
-        program_hash=program_hash(text),
+        program_hash=digest.of_text(text),
     )
 
 
@@ -264,10 +262,3 @@ def traffic(done: Work, over: Layout) -> dict[str, dict[str, float]]:
             size = u.times * c.size * over.topology.chip.devices
             kinds[c.kind] = kinds.get(c.kind, 0.0) + size
     return {axis: dict(sorted(kinds.items())) for axis, kinds in sorted(found.items())}
-
-
-def program_hash(text: str) -> str:
-    """Digest of a compiled program: the same after a change that only moves source lines."""
-    text = re.sub(r", metadata=\{[^}]*\}", "", text)
-    text = re.sub(r"^FileNames.*?(?=^%|^ENTRY)", "", text, flags=re.M | re.S)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -207,30 +207,6 @@ def test_the_command_is_quiet_and_writes_what_is_documented(tmp_path):
     assert found["collective_bytes"]["data"] and found["compile_s"] > 0
 
 
-def test_the_hash_of_a_program_does_not_see_source_lines():
-    device = compiling.devices(chips.parse("v5e:2x2"))[0]
-    x = jax.ShapeDtypeStruct(
-        (512, 512), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device)
-    )
-
-    def digest(f):
-        return compiling.program_hash(jax.jit(f).lower(x).compile().as_text())
-
-    def first(a):
-        return jnp.tanh(a @ a)
-
-    def again(a):
-        # The same on other lines.
-        b = a @ a
-        return jnp.tanh(b)
-
-    def other(a):
-        return jnp.sin(a @ a)
-
-    first.__name__ = again.__name__ = other.__name__ = "f"
-    assert digest(first) == digest(again) != digest(other)
-
-
 def test_a_search_finds_a_front():
     t = asked("expert.py:size=tiny", "v5e:2x2", rows=8)
     tried = list(search._growing("as it is", t, lambda line: None))

@@ -5,6 +5,8 @@ The digests of the compiled programs are kept, so that a refactor can be shown t
 change that is meant to change programs, or a new compiler, write them again and look at the diff:
 
     FLEXOLMO_KEEP_PROGRAMS=1 make test-pods          (with PODS= for those of whole pods too)
+
+FLEXOLMO_POD_ANSWERS=FOLDER leaves the plans there for `benchmarks/pod_table.py`.
 """
 
 import contextlib
@@ -90,6 +92,10 @@ def test_a_rematerialization_is_seen():
 @pytest.mark.parametrize("pod", CASES)
 def test_a_configuration_compiles_for_its_pod(pod):
     plan, screen = measure(pod)
+    if folder := os.environ.get("FLEXOLMO_POD_ANSWERS"):
+        path = ROOT / folder / pod.answer
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
     assert plan.fits, plan.to_json()["hbm_gib"]
     assert REMATERIALIZATION not in screen
     shape = plan.program.mesh.shape
