@@ -33,7 +33,15 @@ from flexolmo_jax.config import (
 from flexolmo_jax.pods import chips, compile
 
 
-def llama(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ffn: int, vocab: int):
+def llama(
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    d_ffn: int,
+    vocab: int,
+    d_head: int = 128,
+) -> ModelConfig:
     """A dense pre-norm model."""
     return ModelConfig(
         vocab_size=vocab,
@@ -41,7 +49,7 @@ def llama(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ffn: int
         n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        d_head=d_model // n_heads,
+        d_head=d_head,
         d_ffn=d_ffn,
         max_len=8192,
         norm_placement="pre",
@@ -51,7 +59,9 @@ def llama(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ffn: int
 
 
 LLAMA2_70B = llama(8192, 80, 64, 8, 28_672, 32_000)
-LLAMA2_7B = llama(4096, 32, 32, 32, 11_008, 32_000)
+# MaxText's own shapes, `global_parameter_scale` 16 and 32.
+SCALE_16B = llama(4096, 32, 64, 64, 28_672, 32_000)
+SCALE_32B = llama(8192, 32, 64, 64, 28_672, 32_000)
 LLAMA31_8B = llama(4096, 32, 32, 8, 14_336, 128_256)
 LLAMA31_70B = llama(8192, 80, 64, 8, 28_672, 128_256)
 MIXTRAL = llama(4096, 32, 32, 8, 14_336, 32_000).replace(n_slots=8, n_active=2)
@@ -63,7 +73,7 @@ class Published:
 
     Attributes:
       rows: sequences per chip and step.
-      tokens: tokens per second and chip that were published, 0 where only the MFU was.
+      tokens: tokens per second and chip that were published, or what their TFLOP/s come to.
       mfu: as published.
       source: page or recipe.
       remat: our policy that is nearest to what the recipe keeps and still fits; "full" where it
@@ -88,6 +98,9 @@ class Published:
 TIERS = "MaxText, docs/reference/models/tiering.md"
 RECIPES = "tpu-recipes, training"
 OFFLOAD = "they offload layer inputs and projections to the host, we recompute"
+MAXTEXT = "MaxText, configs"
+# 12·L·T·N·H of attention beside six FLOPs per parameter and token turn their TFLOP/s into tokens.
+WHOLE = "their FLOPs count attention without the causal half; tokens from TFLOP/s by that count"
 RUNS = (
     Published(
         *("llama3.1-8b v6e-8", LLAMA31_8B, "v6e:2x4", 3, 8192, 7139, 0.0),
@@ -107,7 +120,7 @@ RUNS = (
     ),
     Published(
         *("llama3.1-8b v6e-256", LLAMA31_8B, "v6e:16x16", 4, 8192, 7207, 0.4546, TIERS),
-        "outputs",
+        "full",
         OFFLOAD,
     ),
     Published(
@@ -120,6 +133,18 @@ RUNS = (
         *("llama3.1-70b v6e-256", LLAMA31_70B, "v6e:16x16", 5, 8192, 960, 0.5033, TIERS),
         "full",
         OFFLOAD,
+    ),
+    Published(
+        *("maxtext-16b v5e-256", SCALE_16B, "v5e:16x16", 6, 2048, 1192, 0.611),
+        f"{MAXTEXT}/v5e/16b.sh and README.md",
+        "full",
+        WHOLE,
+    ),
+    Published(
+        *("maxtext-32b v5p-64", SCALE_32B, "v5p:4x4x4", 6, 2048, 1683, 0.7147),
+        f"{MAXTEXT}/v5p/32b.sh and README.md",
+        "dots",
+        f"{WHOLE}; products are divided over four chips there, gathered whole here",
     ),
 )
 
