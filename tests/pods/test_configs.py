@@ -12,6 +12,7 @@ FLEXOLMO_POD_ANSWERS=FOLDER leaves the plans there for `benchmarks/pod_table.py`
 import contextlib
 import json
 import os
+import re
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +29,11 @@ from flexolmo_jax.pods import compile as compiling
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "tests/golden/pods/programs.json"
-REMATERIALIZATION = "Involuntary full rematerialization"
+# Before it chooses, the partitioner tries products on made-up parameters. What it says of those is
+# about a way that it weighed; a way that it took says the name of the real operation.
+REMATERIALIZATION = re.compile(
+    r"Involuntary full rematerialization.*?for HLO operation (?!%fake_parameter)(%\S+)"
+)
 MARKS = {True: (), False: (pytest.mark.slow_pods,)}
 CASES = [
     pytest.param(pod, marks=MARKS[pod.quick], id=f"{pod.name}, {pod.topology}") for pod in pods.PODS
@@ -86,7 +91,9 @@ def test_a_rematerialization_is_seen():
     x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=place(("a", "b"), None))
     with screen() as said:
         jax.jit(change).lower(x).compile()
-    assert REMATERIALIZATION in said()
+    found = REMATERIALIZATION.findall(said())
+    assert found
+    assert not REMATERIALIZATION.search(said().replace(found[0], "%fake_parameter.2"))
 
 
 @pytest.mark.parametrize("pod", CASES)
@@ -97,7 +104,7 @@ def test_a_configuration_compiles_for_its_pod(pod):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(plan.to_json(), indent=1) + "\n")
     assert plan.fits, plan.to_json()["hbm_gib"]
-    assert REMATERIALIZATION not in screen
+    assert not REMATERIALIZATION.findall(screen)
     shape = plan.program.mesh.shape
     axes = {axis for axis, size in shape.items() if size > 1}
     assert {axis for span in plan.collective_bytes for axis in span.split("+")} <= axes
