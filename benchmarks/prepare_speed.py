@@ -5,7 +5,7 @@ Writes the installed corpora as .jsonl files, then prepares all splits of them b
 process of its own, several rounds in turn, and prints the median, the range and the CPU time. All
 ways but the first must leave the same shards.
 
-make test-beam ARGS=--collect-only  # makes .venv-beam
+make .venv-beam/.installed
 .venv-beam/bin/python benchmarks/prepare_speed.py --workdir runs/prepare-speed
 """
 

@@ -59,9 +59,8 @@ def llama(
 
 
 LLAMA2_70B = llama(8192, 80, 64, 8, 28_672, 32_000)
-# MaxText's own shapes, `global_parameter_scale` 16 and 32.
+# MaxText's own shapes, `global_parameter_scale` 16.
 SCALE_16B = llama(4096, 32, 64, 64, 28_672, 32_000)
-SCALE_32B = llama(8192, 32, 64, 64, 28_672, 32_000)
 LLAMA31_8B = llama(4096, 32, 32, 8, 14_336, 128_256)
 LLAMA31_70B = llama(8192, 80, 64, 8, 28_672, 128_256)
 MIXTRAL = llama(4096, 32, 32, 8, 14_336, 32_000).replace(n_slots=8, n_active=2)
@@ -139,12 +138,6 @@ RUNS = (
         f"{MAXTEXT}/v5e/16b.sh and README.md",
         "full",
         WHOLE,
-    ),
-    Published(
-        *("maxtext-32b v5p-64", SCALE_32B, "v5p:4x4x4", 6, 2048, 1683, 0.7147),
-        f"{MAXTEXT}/v5p/32b.sh and README.md",
-        "dots",
-        f"{WHOLE}; products are divided over four chips there, gathered whole here",
     ),
 )
 
