@@ -15,7 +15,7 @@ PUBLIC = ("howto", "wiki", "techdocs")
 CLOSED = ("code", "news", "legal", "academic")
 
 # ---- The numbers of the tiny recipes, all of them (how they were found: LOG.md). --------------
-TINY_STEPS = {"anchor": 1200, "expert": 250, "router": 100, "joint": 1200}
+TINY_STEPS = {"anchor": 1200, "expert": 250, "router": 100, "joint": 1200, "dense": 250}
 TINY_BATCH = {"batch_rows": 8, "seq_len": 256}
 TINY_OPTIM = {
     "anchor": {"peak_lr": 4e-3, "warmup_steps": 100, "weight_decay": 0.1},
@@ -26,6 +26,7 @@ TINY_OPTIM = {
         "router_z_loss": 0.0,
         "router_label_loss": 1.0,
     },
+    "dense": {"peak_lr": 2e-3, "warmup_steps": 25, "weight_decay": 0.1},
     "router": {"peak_lr": 2e-3, "warmup_steps": 10},
     "joint": {
         "peak_lr": 4e-3,
@@ -62,6 +63,12 @@ PAPER_OPTIM = {
         "warmup_steps": 2000,
         "total_steps": 11_921,
         "weight_decay": 0.0,
+    },
+    "dense": {
+        "peak_lr": 9e-4,
+        "warmup_steps": 2000,
+        "total_steps": 11_921,
+        "weight_decay": 0.1,
     },
     # 5B tokens of proxies and public text in batches of 0.52M; the mixture keeps the anchor's.
     "router": {
@@ -200,16 +207,21 @@ def router(size: str) -> dict[str, Any]:
     return {"context": "token", "renormalize": fields.get("norm_placement") == "pre"}
 
 
-def base(stage: str, size: str) -> ConfigDict:
-    """A configuration with every key of `RunConfig` and the recipe of this stage and size."""
+def base(stage: str, size: str, recipe: str = "") -> ConfigDict:
+    """A configuration with every key of `RunConfig` and the recipe of this stage and size.
+
+    Args:
+      recipe: whose numbers to take, where a stage serves two purposes; "" is the stage's own.
+    """
+    recipe = recipe or stage
     fields = {f.name: f.default for f in dataclasses.fields(RunConfig)}
     fields["stage"] = stage
     for name, cls in (("data", DataConfig), ("exec", ExecConfig)):
         fields[name] = dataclasses.asdict(cls())
     fields["router_init"] = dataclasses.asdict(RouterInitConfig())
-    tiny, tune = size == "tiny", (stage, size) == ("expert", "135m")
-    optim = TINY_OPTIM[stage] if tiny else TUNE_OPTIM if tune else PAPER_OPTIM[stage]
-    steps = {"total_steps": TINY_STEPS[stage]} if tiny else {}
+    tiny, tune = size == "tiny", size == "135m" and recipe in ("expert", "dense")
+    optim = TINY_OPTIM[recipe] if tiny else TUNE_OPTIM if tune else PAPER_OPTIM[recipe]
+    steps = {"total_steps": TINY_STEPS[recipe]} if tiny else {}
     fields["optim"] = dataclasses.asdict(OptimConfig(**{**optim, **steps}))
     fields["data"].update(TINY_BATCH if tiny else TUNE_BATCH if tune else PAPER_BATCH)
     if stage == "router" and not tiny:

@@ -10,25 +10,40 @@ Expect:  8x7b: 37.6B parameters, 20.3B of them active with four of eight experts
 Differs from the anchor: more slots, rows of the router that train with the rest, a loss that keeps
     the load even; public and closed text together, which nobody in this project may otherwise do.
 
-Argument: size (tiny, 2x7b, 8x7b, 8x1b), active (experts per token; 0 takes the size's).
+Argument: size (tiny, 2x7b, 8x7b, 8x1b), active (experts per token; 0 takes the size's), data,
+domains (joined by +; empty takes the demo's), start (a mixture to go on with instead of drawn
+weights; its architecture and tokenizer hold then).
 """
 
 from ml_collections import ConfigDict
 
 from experiments import common
+from flexolmo_jax.errors import ConfigError
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns a configuration whose model has the stitched shape."""
-    a = common.parse_arg(arg, size="tiny", active=0, data="runs/demo/data")
+    a = common.parse_arg(
+        arg,
+        size="tiny",
+        active=0,
+        data="runs/demo/data",
+        domains="+".join((*common.PUBLIC, *common.CLOSED)),
+        start="",
+    )
+    config = common.base("joint", a.size)
     model = dict(common.pick(common.stitched_sizes(), a.size))
+    if a.start and a.active:
+        raise ConfigError("A mixture to go on with has its own number of active experts", got=arg)
     if a.active:
         model["n_active"] = a.active
-    config = common.base("joint", a.size)
-    config.model = {**model, "router": common.router(a.size)}
-    config.tokenizer = "runs/demo/tokenizer.json"
+    if a.start:
+        config.anchor = a.start
+    else:
+        config.model = {**model, "router": common.router(a.size)}
+        config.tokenizer = "runs/demo/tokenizer.json"
     config.data.sources = tuple(
         common.source(f"{a.data}/{d}/train", public=d in common.PUBLIC)
-        for d in (*common.PUBLIC, *common.CLOSED)
+        for d in a.domains.split("+")
     )
     return config

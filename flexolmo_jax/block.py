@@ -145,7 +145,11 @@ def _mixture(
             )
     logits_BTE = logits_BTE + router.effective_bias(bias_E)
     routing = router.route(
-        logits_BTE, n_active, allowed_BE=allowed_BE, renormalize=config.router.renormalize
+        logits_BTE,
+        n_active,
+        allowed_BE=allowed_BE,
+        renormalize=config.router.renormalize,
+        fallback=config.router.fallback,
     )
     all_active, drops = allowed_BE is None and n_active == bias_E.shape[0], None
     capacity = run.capacity if training else 0.0

@@ -39,10 +39,13 @@ class RouterConfig:
         causally over the document so far, one number per slot, layer and sequence.
       renormalize: divide the combine weights of the active experts by their sum. A no-op up to
         the norm's epsilon under post-norm, needed under pre-norm.
+      fallback: the public expert is always active, and takes the weight that is left by the other
+        active ones; else it competes like any other (the paper).
     """
 
     context: Literal["token", "document"] = "token"
     renormalize: bool = False
+    fallback: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,12 +285,12 @@ class RunConfig:
       stage: "anchor" trains every weight of a dense model; "expert" trains one FFN stack with its
         router rows and biases beside the frozen anchor; "router" trains the router rows and biases
         of a stitched model; "joint" trains every weight of a mixture.
-      model: the architecture (stages "anchor" and "joint"); elsewhere it must be empty (None),
-        since it is that of the model which `anchor` names.
+      model: the architecture, where a stage starts from drawn weights; with `anchor` it must be
+        empty (None), since it is that of the model which `anchor` names.
       anchor: model directory that the stage starts from: the anchor of an expert, the stitched
-        model of a router.
+        model of a router; "anchor" and "joint" go on with the weights of one, or draw new ones.
       expert_id: slug of the owner's expert (stage "expert").
-      tokenizer: tokenizer.json of the data (stages "anchor" and "joint"; the others have one).
+      tokenizer: tokenizer.json of the data, where no `anchor` brings one.
     """
 
     stage: Literal["anchor", "expert", "router", "joint"] = "anchor"
@@ -315,12 +318,13 @@ class RunConfig:
                 where="exec.capacity",
                 fix="leave it at 0",
             )
-        if self.stage in ("expert", "router"):
+        if self.anchor or self.stage in ("expert", "router"):
             self._check_later_stage()
         elif self.model is None or not self.tokenizer:
             raise ConfigError(
-                f"Stage {self.stage!r} needs a model and a tokenizer",
+                f"Stage {self.stage!r} needs a model and a tokenizer, or weights to start from",
                 got=f"model={self.model}, tokenizer={self.tokenizer!r}",
+                fix="set them, or name a model directory with --config.anchor",
             )
         if self.data.batch_rows % self.optim.accumulate:
             raise ConfigError(
@@ -346,10 +350,11 @@ class RunConfig:
                 expected="lower-case letters, digits, '-' and '_', and not 'public'",
                 where="RunConfig.expert_id",
             )
-        if self.model is not None:
+        if self.model is not None or self.tokenizer:
             raise ConfigError(
-                f"Stage {self.stage!r} takes the architecture of the model that it starts from; "
-                "it must not set its own",
+                f"Stage {self.stage!r} takes architecture and tokenizer of the model that it "
+                "starts from; it must not set its own",
+                got=f"model={self.model}, tokenizer={self.tokenizer!r}",
                 where="RunConfig.model",
             )
 

@@ -126,10 +126,16 @@ def route(
     *,
     allowed_BE: jax.Array | None = None,
     renormalize: bool = False,
+    fallback: bool = False,
 ) -> Routing:
     """Softmax over the allowed slots, then the `n_active` largest (ties go to the lower slot).
 
     Every row must allow at least one slot; a row that allows fewer than `n_active` uses them all.
+
+    Args:
+      fallback: the public slot is always active, and its weight is what the probabilities of the
+        other active slots leave of 1: y = public + sum of p_i (expert_i - public). What an expert
+        that is not active, or not there, might have served then goes to public, not to strangers.
     """
     n_slots = logits_BTE.shape[-1]
     if allowed_BE is None:
@@ -138,9 +144,16 @@ def route(
     probs_BTE = jax.nn.softmax(jnp.where(allowed_BTE, logits_BTE, NEG_INF), axis=-1)
     # Denied slots rank below every allowed one, also below those whose probability underflowed.
     rank_BTE = jnp.where(allowed_BTE, jax.lax.stop_gradient(probs_BTE), -1.0)
+    if fallback:
+        first_E = jnp.arange(n_slots) == PUBLIC_SLOT
+        rank_BTE = jnp.where(first_E & allowed_BTE, 2.0, rank_BTE)  # above any probability
     _, index_BTA = jax.lax.top_k(rank_BTE, min(n_active, n_slots))
     usable_BTA = jnp.take_along_axis(allowed_BTE, index_BTA, axis=-1)
     weight_BTA = jnp.where(usable_BTA, jnp.take_along_axis(probs_BTE, index_BTA, axis=-1), 0.0)
+    if fallback:
+        public_BTA = usable_BTA & (index_BTA == PUBLIC_SLOT)
+        others_BT1 = jnp.sum(jnp.where(public_BTA, 0.0, weight_BTA), axis=-1, keepdims=True)
+        weight_BTA = jnp.where(public_BTA, 1.0 - others_BT1, weight_BTA)
     if renormalize:
         weight_BTA = weight_BTA / jnp.sum(weight_BTA, axis=-1, keepdims=True)
     return Routing(jnp.where(usable_BTA, index_BTA, n_slots), weight_BTA, probs_BTE)

@@ -382,7 +382,7 @@ def _final_params(j: training_job.TrainingJob, params: tree.Tree) -> tree.Tree:
         return params["experts"]
     if config.stage != "expert":
         params = stages.join(params, j.frozen)
-        if config.stage == "anchor":
+        if config.stage == "anchor" and not config.anchor:
             row_LD = router_init.public_row(config, j.model)
             params["experts"]["router"] = row_LD[:, None, :]
         return params
@@ -409,5 +409,5 @@ def _recipe(j: training_job.TrainingJob) -> dict[str, Any]:
         "seq_len": config.data.seq_len,
         "batch_rows": config.data.batch_rows,
         "public_share": sum(public) / total,
-        **({"starts_from": j.anchor.model_digest} if config.stage == "router" and j.anchor else {}),
+        **({"starts_from": j.anchor.model_digest} if config.stage != "expert" and j.anchor else {}),
     }

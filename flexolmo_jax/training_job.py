@@ -32,8 +32,7 @@ class TrainingJob:
       frozen: leaves that are only read, placed on the mesh in the dtype they are used in.
       initial: makes the initial trainable leaves, placed on the mesh.
       tokenizer: path of tokenizer.json.
-      anchor: what the directory that the stage starts from says of itself (stages "expert",
-        "router").
+      anchor: what the directory that the stage starts from says of itself, if it starts from one.
       slice_dtypes: leaf name to dtype of the anchor's public slice (stage "expert").
     """
 
@@ -95,8 +94,9 @@ def build(config: RunConfig) -> TrainingJob:
     e = config.exec
     with distributed.together("laying out the mesh"):
         grid = mesh.make_mesh(e.mesh_data, e.mesh_expert, e.mesh_model)
-    start = {"expert": _expert_job, "router": _router_job}.get(config.stage, _new_model_job)
-    return start(config, grid)
+    if config.stage == "expert":
+        return _expert_job(config, grid)
+    return _continued_job(config, grid) if config.anchor else _new_model_job(config, grid)
 
 
 def _new_model_job(config: RunConfig, grid: Mesh) -> TrainingJob:
@@ -172,9 +172,10 @@ def _expert_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     )
 
 
-def _router_job(config: RunConfig, grid: Mesh) -> TrainingJob:
+def _continued_job(config: RunConfig, grid: Mesh) -> TrainingJob:
+    """A stage that goes on with weights of a finished model: rows of a router, or everything."""
     info, program = _start(config, grid)
-    rows, kept = stages.split("router", _load(config, program))
+    trained, kept = stages.split(config.stage, _load(config, program))
     frozen = _cast(kept, program.arguments["frozen"])
     if len(info.slots) < info.config.n_slots:
         filled = np.isin(np.arange(info.config.n_slots), list(info.slots.values()))
@@ -184,7 +185,7 @@ def _router_job(config: RunConfig, grid: Mesh) -> TrainingJob:
         program,
         frozen=frozen,
         # Copies also where nothing is cast: the first step takes their memory.
-        initial=lambda: jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), rows),
+        initial=lambda: jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained),
         tokenizer=info.tokenizer_path,
         anchor=info,
     )
@@ -194,25 +195,42 @@ def _start(config: RunConfig, grid: Mesh) -> tuple[model_info.ModelInfo, program
     """What the model that a stage starts from says of itself, and the program for it."""
     with distributed.together("reading the model that the stage starts from"):
         info = model_info.read_info(config.anchor)
-        if config.stage == "router" and info.is_anchor:
-            raise ConfigError(
-                "Router tuning needs a model with experts",
-                got="an anchor",
-                where=config.anchor,
-                fix="stitch one with flexolmo stitch",
-            )
+        _check_start(config, info)
         return info, programs.training(config, info.config, grid)
+
+
+def _check_start(config: RunConfig, info: model_info.ModelInfo) -> None:
+    """Refuses a model that a stage cannot start from."""
+    if config.stage in ("router", "joint") and info.is_anchor:
+        raise ConfigError(
+            f"Stage {config.stage!r} needs a model with experts",
+            got="an anchor",
+            where=config.anchor,
+            fix="stitch one with flexolmo stitch",
+        )
+    if config.stage in ("anchor", "expert") and not info.is_anchor:
+        raise ConfigError(
+            f"Stage {config.stage!r} starts from an anchor",
+            got=f"a model with {', '.join(info.slots)}",
+            where=config.anchor,
+            fix="name the anchor that it was stitched from",
+        )
+    if config.stage == "joint" and len(info.slots) < info.config.n_slots:
+        raise ConfigError(
+            "A joint mixture has no empty slots",
+            got=f"{len(info.slots)} of {info.config.n_slots} filled",
+            where=config.anchor,
+            fix="stitch it with --slots of the number of experts and the public one",
+        )
 
 
 def _load(config: RunConfig, program: programs.Program) -> tree.Tree:
     """That model with each leaf read straight to its place, in the dtype that it is stored in."""
-    # Both halves of stage "expert" start from one group.
     state, frozen = program.arguments["state"]["params"], program.arguments["frozen"]
-    places = {"shared": frozen["shared"]}
-    if config.stage == "expert":
-        places["experts"] = frozen["public"]
+    if config.stage == "expert":  # Both halves start from one group.
+        places = {"shared": frozen["shared"], "experts": frozen["public"]}
     else:
-        places["experts"] = {**frozen["experts"], **state["experts"]}
+        places = stages.join(state, frozen)
     found = {name: leaf.sharding for name, leaf in tree.flatten(places).items()}
     with distributed.together("loading the model that the stage starts from"):
         return model_dir.load_model(config.anchor, sharding_fn=lambda name, _: found[name])[1]

@@ -338,13 +338,15 @@ def test_our_key_says_where_the_model_comes_from(flex):
         info.anchor_digest,
         info.model_digest,
     )
-    assert extra["router"] == {"context": "token", "renormalize": False}
+    assert extra["router"] == {"context": "token", "renormalize": False, "fallback": False}
     assert [row["id"] for row in extra["experts"]] == ["public", "code", "math", "news"]
     row = extra["experts"][2]
     assert row["manifest_digest"] == info.manifest_digests["math"]
     assert row["data_card"] == {"text": "text of math", "opt_out": "ask math"}
     assert row["training"] == {"steps": 5, "tokens": 160, "seed": 2}
-    assert row["recipe"] == {"router": {"context": "token", "renormalize": False}}
+    assert row["recipe"] == {
+        "router": {"context": "token", "renormalize": False, "fallback": False}
+    }
     assert extra["training"] == info.training
     assert "dropped_bias" not in extra
 

@@ -142,16 +142,16 @@ WHOLE_LOGITS = hnp.arrays(np.float32, (1, 3, SLOTS), elements=st.integers(-3, 3)
 ALLOWED = hnp.arrays(bool, (1, SLOTS)).filter(np.any)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
-def route(logits, k, allowed, renormalize):
-    return router.route(logits, k, allowed_BE=allowed, renormalize=renormalize)
+@functools.partial(jax.jit, static_argnums=(1, 3, 4))
+def route(logits, k, allowed, renormalize, fallback):
+    return router.route(logits, k, allowed_BE=allowed, renormalize=renormalize, fallback=fallback)
 
 
 @many
-@hypothesis.given(LOGITS, ALLOWED, st.integers(1, SLOTS), st.booleans())
-def test_combine_weights_are_a_part_of_a_distribution(logits, allowed, k, renormalize):
+@hypothesis.given(LOGITS, ALLOWED, st.integers(1, SLOTS), st.booleans(), st.booleans())
+def test_combine_weights_are_a_part_of_a_distribution(logits, allowed, k, renormalize, fallback):
     """Mutations: no division when renormalising; `usable` always true."""
-    routing = route(logits, k, allowed, renormalize)
+    routing = route(logits, k, allowed, renormalize, fallback)
     combine, index = np.asarray(routing.combine_BTE), np.asarray(routing.index_BTA)
     active = min(k, int(allowed.sum()))
     assert (combine >= 0).all() and (combine[:, :, ~allowed[0]] == 0).all()
@@ -161,15 +161,16 @@ def test_combine_weights_are_a_part_of_a_distribution(logits, allowed, k, renorm
     assert all(len(set(row[:active])) == active for row in index[0].tolist())
     total = combine.sum(axis=-1)
     assert (total <= 1 + SUM_GATE).all()
-    if renormalize or active == allowed.sum():
+    if renormalize or active == allowed.sum() or (fallback and allowed[0, 0]):
         np.testing.assert_allclose(total, 1.0, atol=SUM_GATE)
 
 
 @many
-@hypothesis.given(WHOLE_LOGITS, ALLOWED, st.integers(1, SLOTS), st.booleans())
-def test_selection_and_ties_equal_the_reference(logits, allowed, k, renormalize):
-    """Mutation: ties to the upper slot (top-k of the reversed axis)."""
-    got = np.asarray(route(logits, k, allowed, renormalize).combine_BTE)[0]
+@hypothesis.given(WHOLE_LOGITS, ALLOWED, st.integers(1, SLOTS), st.booleans(), st.booleans())
+def test_selection_and_ties_equal_the_reference(logits, allowed, k, renormalize, fallback):
+    """Mutations: ties to the upper slot (top-k of the reversed axis); public not always active;
+    public keeps its own probability."""
+    got = np.asarray(route(logits, k, allowed, renormalize, fallback).combine_BTE)[0]
     expected = ref.combine_weights(
         logits[0].astype(float),
         np.eye(SLOTS),
@@ -179,6 +180,7 @@ def test_selection_and_ties_equal_the_reference(logits, allowed, k, renormalize)
         k=k,
         context="token",
         renormalize=renormalize,
+        fallback=fallback,
     )
     np.testing.assert_array_equal(got > 0, expected > 0)
     np.testing.assert_allclose(got, expected, atol=1e-6)
@@ -284,6 +286,12 @@ def test_a_denied_slot_may_hold_anything(dispatch):
 def test_a_denied_slot_may_hold_anything_in_document_context(dispatch):
     """Mutation: `usable` always true; here k exceeds what the last row allows."""
     check_denial(dispatch, [np.nan, 0.0], norm_placement="pre", context="document", n_active=3)
+
+
+@pytest.mark.parametrize("dispatch", ["dense", "blocked", "used"])
+def test_a_denied_slot_may_hold_anything_where_public_takes_the_rest(dispatch):
+    """Mutation: softmax over all slots, which leaves a denied one's weight to public."""
+    check_denial(dispatch, [np.nan, 0.0], context="document", fallback=True)
 
 
 @few

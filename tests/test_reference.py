@@ -55,6 +55,14 @@ HAND = {
     "slot 0 has no bias": (TOKEN, {"raw": [7.0, 0.0, 0.0]}, [2 / 9, 2 / 9, 5 / 9]),
     "a very negative raw bias is none": (TOKEN, {"raw": [-1e4] * 3}, [1 / 8, 2 / 8, 5 / 8]),
     "ties go to the lower slot": ([0.0, 0.0, 0.0], {"k": 2}, [1 / 3, 1 / 3, 0]),
+    "public takes what is left": (TOKEN, {"k": 2, "fallback": True}, [3 / 8, 0, 5 / 8]),
+    "public alone takes all": (TOKEN, {"k": 1, "fallback": True}, [1, 0, 0]),
+    "public has its share with all": (TOKEN, {"fallback": True}, [1 / 8, 2 / 8, 5 / 8]),
+    "nothing to fall back to": (
+        TOKEN,
+        {"k": 1, "fallback": True, "allowed": [0, 1, 1]},
+        [0, 0, 5 / 7],
+    ),
     "ties among the allowed": ([0.0, 0.0, 0.0], {"k": 1, "allowed": [0, 1, 1]}, [0, 1 / 2, 0]),
 }
 
@@ -165,6 +173,11 @@ CASES = {
     ),
     "rows deny, document": (
         cases.config_with(n_active=3, context="document", norm_placement="pre"),
+        "some",
+    ),
+    "two active, falling back": (cases.config_with(fallback=True), None),
+    "rows deny, falling back, document": (
+        cases.config_with(context="document", norm_placement="pre", fallback=True),
         "some",
     ),
     "public only, k clamps": (cases.config_with(n_active=4, norm_placement="pre"), "public"),

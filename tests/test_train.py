@@ -29,7 +29,7 @@ from flexolmo_jax.config import (
     SourceConfig,
 )
 from flexolmo_jax.errors import ConfigError, TrainingError
-from flexolmo_jax.experts import model_dir, package, stitch
+from flexolmo_jax.experts import model_dir, model_info, package, stitch
 from flexolmo_jax.experts import slice as slices
 
 OPTIM = OptimConfig(peak_lr=3e-3, total_steps=8, warmup_steps=2, router_label_loss=0.3)
@@ -319,3 +319,36 @@ def test_an_expert_of_a_bfloat16_anchor_has_its_dtypes(texts, anchor, tmp_path):
     assert list(stitched.slots) == ["public", "own"]
     moved = params["experts"]["w_up"]
     assert (moved[:, 0] != moved[:, 1]).any()
+
+
+def test_a_dense_model_goes_on_from_an_anchor(texts, anchor, tmp_path):
+    """Mutation: `_new_model_job` in place of `_continued_job`; `public_row` set again."""
+    start = package.read_params(package.read_final(anchor.parent / "run"))
+    data = DataConfig(sources=(SourceConfig(str(texts.own)),), seq_len=16, batch_rows=8)
+    still = dataclasses.replace(OPTIM, peak_lr=1e-30)
+    config = RunConfig(
+        stage="anchor", anchor=str(anchor), data=data, optim=still, exec=anchor_config(texts).exec
+    )
+    train.fit(config, tmp_path / "w")
+    made = package.package(tmp_path / "w", tmp_path / "dense")
+    ended = package.read_params(package.read_final(tmp_path / "w"))
+    assert tree.digests(ended) == tree.digests(start)
+    assert made["anchor_digest"] == model_info.read_info(anchor).anchor_digest
+    moved = dataclasses.replace(config, optim=OPTIM)
+    train.fit(moved, tmp_path / "moved")
+    ended = package.read_params(package.read_final(tmp_path / "moved"))
+    changed = [n for n, d in tree.digests(ended).items() if d != tree.digests(start)[n]]
+    frozen = {"experts/router", "experts/bias"}
+    assert set(changed) == set(tree.flatten(start)) - frozen
+
+
+@pytest.mark.parametrize("stage", ["joint", "router"])
+def test_an_anchor_alone_is_no_mixture_to_go_on_with(texts, anchor, tmp_path, stage):
+    data = DataConfig(sources=(SourceConfig(str(texts.own)),), seq_len=16, batch_rows=8)
+    with pytest.raises(ConfigError, match="needs a model with experts"):
+        train.fit(RunConfig(stage=stage, anchor=str(anchor), data=data), tmp_path / "w")
+
+
+def test_what_goes_on_brings_no_architecture_of_its_own(texts, anchor):
+    with pytest.raises(ConfigError, match="takes architecture and tokenizer"):
+        anchor_config(texts, anchor=str(anchor))

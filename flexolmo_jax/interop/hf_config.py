@@ -331,6 +331,12 @@ def architecture_for(config: ModelConfig, where: str = "") -> Architecture:
             "transformers judges each token alone: train the experts with context=token"
         )
     every = config.n_active == config.n_slots
+    if config.router.fallback and not every:
+        reasons.append(
+            "the public expert is always active (router.fallback is true); in every class of "
+            "transformers it competes like any other: stitch with all experts active, or from "
+            "experts whose router does not fall back"
+        )
     if found and found[0].renormalize == "always" and not (config.router.renormalize or every):
         reasons.append(
             f"{found[0].name} divides the combine weights by their sum, this model does not "

@@ -34,9 +34,9 @@ SEGMENTS = np.array(
 )
 
 
-def config_with(*, context="token", renormalize=False, **changes):
+def config_with(*, context="token", renormalize=False, fallback=False, **changes):
     """TINY with changes."""
-    return TINY.replace(router=RouterConfig(context, renormalize), **changes)
+    return TINY.replace(router=RouterConfig(context, renormalize, fallback), **changes)
 
 
 def shapes(c):

@@ -75,7 +75,9 @@ def swiglu(x, w_gate, w_up, w_down):
     return (gate / (1.0 + np.exp(-gate)) * (x @ w_up)) @ w_down
 
 
-def combine_weights(x, router, raw_bias, allowed, segments, *, k, context, renormalize):
+def combine_weights(
+    x, router, raw_bias, allowed, segments, *, k, context, renormalize, fallback=False
+):
     """Weight of each slot for each token of a row: x [T,D], router [E,D], allowed [E] -> [T,E]."""
     allowed = np.asarray(allowed, bool)
     if not allowed.any():
@@ -92,7 +94,11 @@ def combine_weights(x, router, raw_bias, allowed, segments, *, k, context, renor
             logits.append(raw_logits[e][first : t + 1].mean() + bias)
         probs = np.exp(np.array(logits) - max(logits))
         probs /= probs.sum()
-        chosen = sorted(range(len(candidates)), key=lambda c: (-probs[c], c))[:k]
+        always = {c for c in range(len(candidates)) if fallback and candidates[c] == 0}
+        ranked = sorted(range(len(candidates)), key=lambda c: (c not in always, -probs[c], c))
+        chosen = ranked[:k]
+        for c in always:
+            probs[c] = 1.0 - sum(probs[other] for other in chosen if other not in always)
         total = sum(probs[c] for c in chosen) if renormalize else 1.0
         for c in chosen:
             out[t, candidates[c]] = probs[c] / total
@@ -104,6 +110,7 @@ def mixture(config, layer, x, segments, allowed):
     weights = combine_weights(
         x, layer["router"], layer["bias"], allowed, segments,
         k=config.n_active, context=config.router.context, renormalize=config.router.renormalize,
+        fallback=config.router.fallback,
     )  # fmt: skip
     out = np.zeros_like(x)
     for t in range(len(x)):

@@ -49,6 +49,7 @@ def codes(error):
     ("changes", "reason"),
     [
         ({"router": RouterConfig("document")}, "judges a document"),
+        ({"router": RouterConfig(fallback=True)}, "always active"),
         ({"norm_placement": "post", "qk_norm": "none"}, "no class for a mixture with post-norm"),
         ({"norm_placement": "post", "qk_norm": "head"}, "no class for a mixture with post-norm"),
         ({"norm_placement": "pre", "qk_norm": "none"}, "divides the combine weights"),
