@@ -38,7 +38,11 @@ def get_config(arg: str = "") -> ConfigDict:
     if a.active:
         model["n_active"] = a.active
     if a.start:
-        config.anchor = a.start
+        # Weights that are finished take the smaller steps of those who go on with an anchor.
+        config.anchor, config.optim.peak_lr = (
+            a.start,
+            common.base("anchor", a.size, "dense").optim.peak_lr,
+        )
     else:
         config.model = {**model, "router": common.router(a.size)}
         config.tokenizer = "runs/demo/tokenizer.json"

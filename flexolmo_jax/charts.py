@@ -148,3 +148,51 @@ def mixture(shares: Mapping[str, float]) -> list[tuple[str, float]]:
     """Shares in per cent that add up to 100, for one bar made of parts."""
     total = sum(shares.values()) or 1.0
     return [(name, 100 * value / total) for name, value in shares.items() if value > 0]
+
+
+def dots(title: str, rows: Sequence[tuple[str, float, float, str]], unit: str) -> str:
+    """Estimates with their standard errors, one method a line, on an axis that need not begin at 0.
+
+    Args:
+      rows: (label, value, standard error, colour), drawn from top to bottom.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(width=6.2, height=0.7 + 0.24 * len(rows))
+        for place, (_, value, error, colour) in enumerate(rows):
+            axes.errorbar(value, place, xerr=error, fmt="o", color=colour, capsize=3, markersize=5)
+            axes.annotate(f"{value:.3f}", (value, place), (0, 4), textcoords="offset points",
+                          ha="center", va="bottom", fontsize=7)  # fmt: skip
+        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+        axes.invert_yaxis()
+        axes.set_title(title)
+        axes.set_xlabel(unit)
+        axes.grid(color=GRID)
+        axes.tick_params(length=0)
+        return _svg(figure, title)
+
+
+def lines(
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float, float]]],
+    x_label: str,
+    y_label: str,
+    levels: Mapping[str, float] | None = None,
+) -> str:
+    """Curves of (x, y, standard error of y), and horizontal lines to compare them with."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(width=4.6, height=3.0)
+        for number, (name, points) in enumerate(series.items(), start=1):
+            x, y, error = zip(*points, strict=True)
+            axes.errorbar(
+                x, y, yerr=error, label=name, color=PALETTE[number % len(PALETTE)],
+                marker="o", markersize=4, capsize=2,
+            )  # fmt: skip
+        for name, level in (levels or {}).items():
+            axes.axhline(level, color=PALETTE[0], linestyle="--", linewidth=1, label=name)
+        axes.set_title(title)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(color=GRID)
+        axes.tick_params(length=0)
+        axes.legend(frameon=False, fontsize=8)
+        return _svg(figure, title)

@@ -399,6 +399,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         inner = typing.get_args(hint)[0]
         if isinstance(value, list | tuple):
             return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
+    elif origin is Mapping:
+        inner = typing.get_args(hint)[1]
+        if isinstance(value, Mapping):
+            return {k: _convert(inner, v, f"{where}.{k}") for k, v in value.items()}
     elif origin is Literal:
         if value in typing.get_args(hint):
             return value

@@ -53,8 +53,7 @@ class OpenModel:
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
         """Bytes of text of each token id."""
-        known = tokenize.token_byte_lengths(self.tokenizer)
-        return np.pad(known, (0, self.config.vocab_size - len(known)))
+        return token_bytes(self.info)
 
     def allowed(
         self, allow: Iterable[str] | None = None, deny: Iterable[str] | None = None
@@ -78,6 +77,12 @@ class OpenModel:
                 where="--active",
             )
         return wanted
+
+
+def token_bytes(info: model_info.ModelInfo) -> np.ndarray:
+    """Bytes of text of each token id of a model; ids that only pad the vocabulary have none."""
+    known = tokenize.token_byte_lengths(tokenize.load(info.tokenizer_path))
+    return np.pad(known, (0, info.config.vocab_size - len(known)))
 
 
 def open_model(

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipe card: what the studies compare, and with which numbers.
+
+Purpose: the paper's claims, and our recipe, against every rival at equal tokens per owner.
+Command: flexolmo study --suite main --seeds 3 --size tiny --out runs/study
+Cost:    tiny: about half an hour per seed on two CPU cores, the anchor half an hour once.
+Expect:  docs/results.md.
+
+Argument: suite (main, ablations), size (tiny), seeds, anchor (an existing one), quick.
+
+Suites: `main` trains the paper's recipe, ours, and every rival. `ablations` trains experts only:
+what each idea does on the way from the paper's recipe to ours, and the paper's own ablations.
+What leaving, other numbers of active experts and fewer owners do is scored in every suite, since
+it needs no training.
+"""
+
+from experiments import common
+from flexolmo_jax.errors import ConfigError, nearest
+from flexolmo_jax.study.design import Recipe, Study
+
+CLOSED = ("code", "news", "legal", "government", "academic", "religious")
+UNSEEN = ("math", "biomed")
+
+# ---- Recipes: the paper's, and one idea after the other on the way to ours. -------------------
+# The learning rate of experts, as that of dense models in common.py, is the best of three on the
+# tuning text of news (LOG.md).
+_LR = ("optim.peak_lr=0.004",)
+_PAPER = (
+    *_LR,
+    "router_init.method=embedding",
+    "router_init.recalibrate=false",
+    "optim.router_label_loss=0.0",
+    "optim.router_z_loss=0.001",
+)
+_LABEL = ("optim.router_label_loss=1.0",)
+SHARE = common.TINY_PUBLIC_SHARE
+RECIPES = {
+    "ours": Recipe("document", SHARE, _LR, says="the default recipe of size tiny"),
+    "paper": Recipe(
+        "token", 0.0, _PAPER, tuned=True, says="own text only, rows from document embeddings"
+    ),
+    "public-share": Recipe("token", SHARE, _PAPER, says="paper, a quarter of public text"),
+    "label": Recipe(
+        "token", SHARE, (*_PAPER, *_LABEL), says="and rows that answer 'is this token mine?'"
+    ),
+    "document": Recipe(
+        "document", SHARE, (*_PAPER, *_LABEL), says="and rows that judge the document so far"
+    ),
+    "ruler": Recipe(
+        "document",
+        SHARE,
+        (*_LR, "router_init.recalibrate=false"),
+        says="and rows that start at a log density ratio with the public ruler",
+    ),
+    "random-rows": Recipe(
+        "token", 0.0, (*_PAPER, "router_init.method=random"), says="paper, rows drawn at random"
+    ),
+    "hidden-rows": Recipe(
+        "token",
+        SHARE,
+        (*_PAPER, "router_init.method=hidden_mean"),
+        says="public-share, rows from the anchor's hidden states",
+    ),
+    "document-alone": Recipe(
+        "document", 0.0, _PAPER, says="paper, rows that judge the document so far"
+    ),
+}
+SUITES = {
+    "main": (("ours", "paper"), True),
+    "ablations": (tuple(RECIPES), False),
+}
+
+# ---- Numbers of a size. -----------------------------------------------------------------------
+TINY = {
+    "bytes": {"public": 12_000_000, "closed": 6_000_000, "heldout": 400_000},
+    "steps": {"anchor": 4000, "owner": 80, "router": 60},
+    "seq_len": 256,
+    "batch_rows": 8,
+    "rows": {"heldout": 24, "tuning": 8, "sets": 8},
+}
+QUICK = {
+    "bytes": {"public": 300_000, "closed": 300_000, "heldout": 60_000},
+    "steps": {"anchor": 20, "owner": 4, "router": 3},
+    "seq_len": 256,
+    "batch_rows": 8,
+    "rows": {"heldout": 8, "tuning": 8, "sets": 8},
+    "proxy_tokens": 5_000,
+}
+SIZES = {"tiny": TINY}
+
+
+def get_study(arg: str = "") -> Study:
+    """Returns one study.
+
+    Raises:
+      ConfigError: an unknown suite or size, with the nearest valid name.
+    """
+    a = common.parse_arg(arg, suite="main", size="tiny", seeds=3, anchor="", quick=False)
+    if a.suite not in SUITES:
+        raise ConfigError("Unknown suite", got=a.suite, fix=nearest(a.suite, SUITES))
+    recipes, rivals = SUITES[a.suite]
+    numbers = QUICK if a.quick else common.pick(SIZES, a.size)
+    return Study(
+        suite=a.suite,
+        size=a.size,
+        seeds=a.seeds,
+        anchor=a.anchor,
+        public=common.PUBLIC,
+        closed=CLOSED,
+        unseen=UNSEEN,
+        recipes={name: RECIPES[name] for name in recipes},
+        rivals=rivals,
+        **numbers,
+    )

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares the methods with each other: trains what is missing, scores it, and writes results.
+
+OUT/results.json has every number, OUT/results.md the tables, OUT/results.html the page with plots.
+The same command goes on where it stopped.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.errors import ConfigError
+
+PARTS = ("starts", "models", "judge")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--suite", default="main", help="which comparison (experiments/studies.py)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … of every training")
+    parser.add_argument("--size", default="tiny", help="size of the models")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the study"
+    )
+    parser.add_argument("--anchor", default="", help="an existing anchor instead of a new one")
+    parser.add_argument(
+        "--max-parallel",
+        type=int,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        help="jobs at once; each gets its share of the cores (default: one per core)",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few steps, to prove the path only")
+    parser.add_argument("--only", choices=PARTS, help="one job of a study that has begun")
+    parser.add_argument("--seed", type=int, default=0, help="of the job of --only")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the study, or one part of it."""
+    from flexolmo_jax import configfile
+    from flexolmo_jax.study import jobs
+    from flexolmo_jax.study import run as running
+
+    if args.only:
+        return running.part(args.only, args.out, args.seed)
+    jobs.check_checkout()
+    anchor = str(Path(args.anchor).resolve()) if args.anchor else ""
+    if any(c in anchor for c in ",="):
+        raise ConfigError("The path of the anchor must not contain ',' or '='", got=anchor)
+    arg = f"suite={args.suite},size={args.size},seeds={args.seeds},anchor={anchor}"
+    arg += f",quick={args.quick}"
+    study = configfile.load_function(f"{jobs.EXPERIMENTS / 'studies.py'}:{arg}", "get_study")()
+    command = f"flexolmo study --suite {args.suite} --seeds {args.seeds} --size {args.size}"
+    command += f" --out {args.out}" + (f" --anchor {args.anchor}" if args.anchor else "")
+    command += " --quick" if args.quick else ""
+    return running.run(study, args.out, max_parallel=args.max_parallel, command=command)

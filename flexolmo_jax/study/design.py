@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a study compares: data only. `experiments/studies.py` has the numbers."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from flexolmo_jax.config import EXPERT_ID, from_dict
+from flexolmo_jax.errors import ConfigError
+
+NAME = "study.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One way to train experts alone.
+
+    Attributes:
+      context: what the router judges, "document" or "token" (the paper).
+      public_share: of public text in an expert's batches.
+      overrides: `KEY=VALUE` of the expert's configuration.
+      tuned: tune the router afterwards as the paper does, on proxies and public text.
+      says: what it is, for tables.
+    """
+
+    context: str
+    public_share: float
+    overrides: tuple[str, ...] = ()
+    tuned: bool = False
+    says: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One study.
+
+    Attributes:
+      size: of the models, as experiment files name it.
+      seeds: every method is trained with the seeds 0, 1, ...; the anchor is trained once.
+      anchor: an existing anchor, or "" to train one. Its tokenizer is used.
+      public, closed, unseen: corpora; nobody trains on the last.
+      rivals: whether dense models, what is made of them, and unrestricted mixtures are trained.
+      bytes: text per corpus: "public", "closed" (training), "heldout".
+      steps: optimizer steps: "anchor", "owner" (each expert and each dense model), "router".
+      rows: rows per corpus that are scored: "heldout"; "tuning", on which choices are made; "sets"
+        of held-out text, on which sets of owners and numbers of active experts are compared.
+      proxy_tokens: of each owner's proxies, if a router is tuned.
+      trials: values that every method may choose among on the tuning split, at most.
+      overrides: `KEY=VALUE` of every training's configuration.
+    """
+
+    suite: str
+    size: str
+    seeds: int
+    anchor: str
+    public: tuple[str, ...]
+    closed: tuple[str, ...]
+    unseen: tuple[str, ...]
+    recipes: Mapping[str, Recipe]
+    rivals: bool
+    bytes: Mapping[str, int]
+    steps: Mapping[str, int]
+    seq_len: int
+    batch_rows: int
+    rows: Mapping[str, int]
+    proxy_tokens: int = 50_000
+    trials: int = 4
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ConfigError("A study needs a seed", got=self.seeds, where="--seeds")
+        bad = [name for name in self.recipes if not EXPERT_ID.fullmatch(name)]
+        if bad:
+            raise ConfigError("Not a name for a recipe", got=", ".join(bad), where=self.suite)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Every corpus, in the order of tables."""
+        return (*self.public, *self.closed, *self.unseen)
+
+    @property
+    def owner_tokens(self) -> int:
+        """Tokens that each owner trains on, whatever the method."""
+        return self.steps["owner"] * self.batch_rows * self.seq_len
+
+
+def write(study: Study, folder: Path) -> Path:
+    """Writes the study into its folder.
+
+    Raises:
+      ConfigError: another study lives there.
+    """
+    path = folder / NAME
+    text = json.dumps(dataclasses.asdict(study), indent=1) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            "The folder holds another study",
+            where=folder,
+            fix="choose another --out, or repeat the options that it was started with",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read(folder: Path) -> Study:
+    """The study of a folder.
+
+    Raises:
+      ConfigError: none there, or one that this version cannot read.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise ConfigError("No study here", where=folder, fix="start it with `flexolmo study`")
+    return from_dict(Study, json.loads(path.read_text(encoding="utf-8")), NAME)

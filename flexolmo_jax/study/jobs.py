@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jobs of a study: every training is a process of its own, as an owner would start it."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from flexolmo_jax.errors import ConfigError
+from flexolmo_jax.jobs.plan import Job, Plan
+from flexolmo_jax.study.design import Study
+
+PROGRAM = (sys.executable, "-m", "flexolmo_jax")
+# Files of the checkout: a study trains by the same experiment files that a user would edit.
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+VOCAB = "4096"
+RIVAL = "rival"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the pieces of a study lie."""
+
+    root: Path
+    study: Study
+
+    @property
+    def anchor(self) -> Path:
+        """The anchor that everything starts from."""
+        return Path(self.study.anchor) if self.study.anchor else self.root / "anchor"
+
+    def start(self, name: str) -> Path:
+        """A directory that trainings start from: "token", "union", "proxies"."""
+        return self.root / "starts" / name
+
+    def anchor_of(self, recipe: str) -> Path:
+        """The anchor of a recipe's experts."""
+        document = self.study.recipes[recipe].context == "document"
+        return self.anchor if document else self.start("token")
+
+    def data(self, domain: str, split: str) -> Path:
+        """Token shards."""
+        return self.root / "data" / domain / split
+
+    def run(self, kind: str, name: str, seed: int) -> Path:
+        """Workdir of a training: of an owner by a recipe, or of a rival."""
+        return self.root / "runs" / f"{kind}-{name}-s{seed}"
+
+    def model(self, name: str, seed: int) -> Path:
+        """A model that is made between trainings."""
+        return self.root / "models" / f"{name}-s{seed}"
+
+    def scores(self, seed: int) -> Path:
+        """What the judge found."""
+        return self.root / f"scores-s{seed}.json"
+
+
+def plan(study: Study, root: Path, assets: str) -> Plan:
+    """All jobs of a study, in the order in which they can run."""
+    maker = _Maker(Layout(root, study), {"FLEXOLMO_ASSETS": assets})
+    jobs = [*maker.data(), *maker.anchor(), *maker.starts()]
+    for seed in range(study.seeds):
+        jobs += maker.seed(seed)
+    return Plan(name=f"study-{study.suite}", workdir=str(root), jobs=tuple(jobs))
+
+
+class _Maker:
+    def __init__(self, where: Layout, env: dict[str, str]):
+        self.at, self.study = where, where.study
+        # Programs that another training has compiled are not compiled again.
+        self.env = {**env, "JAX_COMPILATION_CACHE_DIR": str(where.root / "cache")}
+
+    def data(self) -> list[Job]:
+        jobs, tokenizer = [], self.at.root / "tokenizer.json"
+        if self.study.anchor:
+            tokenizer = self.at.anchor / "tokenizer.json"
+        else:
+            command = ("prepare", "--source", *self.study.public, "--train-tokenizer", VOCAB)
+            command += ("--tokenizer", str(tokenizer))
+            command += ("--max-bytes", str(self.study.bytes["public"]))
+            jobs.append(self._job("tokenizer", command, outputs=[tokenizer], expected=15))
+        needs = tuple(j.name for j in jobs)
+        for domain in self.study.domains:
+            unseen = domain in self.study.unseen
+            for split in ("tuning", "heldout") if unseen else ("train", "tuning", "heldout"):
+                kind = "public" if domain in self.study.public else "closed"
+                size = self.study.bytes[kind if split == "train" else "heldout"]
+                out = self.at.data(domain, split)
+                command = ("prepare", "--source", domain, "--split", split)
+                command += ("--max-bytes", str(size), "--out", str(out))
+                command += ("--tokenizer", str(tokenizer))
+                name = f"prepare:{domain}:{split}"
+                jobs.append(self._job(name, command, needs, [tokenizer], [out], expected=4))
+        return jobs
+
+    def anchor(self) -> list[Job]:
+        if self.study.anchor:
+            return []
+        study, tokenizer = self.study, self.at.root / "tokenizer.json"
+        config = f"anchor.py:size={study.size},data={self.at.root / 'data'},tokenizer={tokenizer}"
+        config += f",domains={'+'.join(study.public)}"
+        run = self.at.run("anchor", "public", 0)
+        shards = [self.at.data(d, s) for d in study.public for s in ("train", "heldout")]
+        needs = tuple(f"prepare:{d}:{s}" for d in study.public for s in ("train", "heldout"))
+        train = self._train("anchor", "public", 0, config, "anchor", needs, shards)
+        package = ("package", "--run", str(run), "--out", str(self.at.anchor))
+        files, made = [run / "final"], [self.at.anchor]
+        return [train, self._job("package:anchor", package, (train.name,), files, made, 6)]
+
+    def starts(self) -> list[Job]:
+        made = [self.at.start("token"), self.at.start("union")]
+        made += [self.at.start("proxies") / d for d in self._tuned_domains()]
+        shards = [self.at.data(d, "train") for d in (*self.study.public, *self.study.closed)]
+        needs = tuple(f"prepare:{p.parent.name}:train" for p in shards)
+        needs += () if self.study.anchor else ("package:anchor",)
+        inputs = [self.at.anchor, *shards]
+        return [self._study_job("starts", "starts", needs, inputs, made, expected=60)]
+
+    def _tuned_domains(self) -> tuple[str, ...]:
+        tuned = any(r.tuned for r in self.study.recipes.values())
+        return self.study.closed if tuned else ()
+
+    def seed(self, seed: int) -> list[Job]:
+        """Every training, model and score of one seed."""
+        trained = [self._expert(r, d, seed) for r in self.study.recipes for d in self.study.closed]
+        if self.study.rivals:
+            trained += [self._dense(d, (d,), seed) for d in self.study.closed]
+            trained += [self._dense("public", self.study.public, seed), self._union(seed)]
+        tuned = [r for r, recipe in self.study.recipes.items() if recipe.tuned]
+        mixed = [*tuned, *(["btx"] if self.study.rivals else [])]
+        models = [self.at.model(name, seed) for name in mixed]
+        finals = [Path(output) for job in trained for output in job.outputs]
+        names = tuple(job.name for job in trained)
+        jobs = list(trained)
+        if mixed:
+            jobs.append(
+                self._study_job(
+                    f"models:s{seed}", "models", (*names, "starts"), finals, models, seed, 40
+                )
+            )
+        routers = [self._router(name, seed) for name in mixed]
+        jobs += routers
+        texts = [self.at.data(d, s) for d in self.study.domains for s in ("tuning", "heldout")]
+        needs = (*names, *(j.name for j in routers))
+        needs += tuple(f"prepare:{p.parent.name}:{p.name}" for p in texts)
+        inputs = [*finals, *(Path(o) for j in routers for o in j.outputs), *texts]
+        out = [self.at.scores(seed)]
+        return [*jobs, self._study_job(f"judge:s{seed}", "judge", needs, inputs, out, seed, 400)]
+
+    def _expert(self, recipe: str, domain: str, seed: int) -> Job:
+        r, study = self.study.recipes[recipe], self.study
+        public = [self.at.data(d, "train").parent for d in study.public]
+        own = self.at.data(domain, "train").parent
+        config = f"expert.py:size={study.size},expert={domain},anchor={self.at.anchor_of(recipe)}"
+        config += f",own={own},public={'+'.join(map(str, public))},public_share={r.public_share}"
+        shards = [p / "train" for p in (own, *public)]
+        inputs = [*shards, self.at.anchor_of(recipe)]
+        return self._train(recipe, domain, seed, config, "owner", ("starts",), inputs, r.overrides)
+
+    def _dense(self, name: str, domains: tuple[str, ...], seed: int) -> Job:
+        own = [self.at.data(d, "train").parent for d in domains]
+        config = f"dense.py:size={self.study.size},anchor={self.at.anchor}"
+        config += f",own={'+'.join(map(str, own))}"
+        inputs = [self.at.anchor, *(p / "train" for p in own)]
+        return self._train("dense", name, seed, config, "owner", ("starts",), inputs)
+
+    def _union(self, seed: int) -> Job:
+        """One mixture on everybody's text: as many steps as all owners take together."""
+        start = self.at.start("union")
+        config = f"stitched.py:size={self.study.size},start={start},data={self.at.root / 'data'}"
+        domains = (*self.study.closed, *self.study.public)
+        config += f",domains={'+'.join(domains)}"
+        inputs = [start, *(self.at.data(d, "train") for d in domains)]
+        steps = self.study.steps["owner"] * len(self.study.closed)
+        return self._train(RIVAL, "union", seed, config, steps, ("starts",), inputs)
+
+    def _router(self, name: str, seed: int) -> Job:
+        """Tuning of router rows: of a recipe's model on proxies too, of BTX on public text."""
+        model = self.at.model(name, seed)
+        public = [self.at.data(d, "train").parent for d in self.study.public]
+        proxies = self._tuned_domains() if name in self.study.recipes else ()
+        folders = [self.at.start("proxies") / d for d in proxies]
+        config = f"router.py:size={self.study.size},model={model}"
+        config += f",public={'+'.join(map(str, public))},proxies={'+'.join(map(str, folders))}"
+        inputs = [model, *(p / "train" for p in (*public, *folders))]
+        needs = (f"models:s{seed}",)
+        return self._train(RIVAL, f"router-{name}", seed, config, "router", needs, inputs)
+
+    def _train(
+        self,
+        kind: str,
+        name: str,
+        seed: int,
+        config: str,
+        steps: str | int,
+        needs: tuple[str, ...],
+        inputs: list[Path],
+        overrides: tuple[str, ...] = (),
+    ) -> Job:
+        run = self.at.run(kind, name, seed)
+        count = self.study.steps[steps] if isinstance(steps, str) else steps
+        settings = (
+            f"optim.total_steps={count}",
+            f"optim.warmup_steps={max(1, count // 10)}",
+            f"data.batch_rows={self.study.batch_rows}",
+            f"data.seq_len={self.study.seq_len}",
+            f"checkpoint_every={count}",
+            "eval_every=0",
+            f"seed={seed}",
+        )
+        command = ("train", "--config", f"{EXPERIMENTS}/{config}", "--workdir", str(run))
+        command += tuple(f"--config.{s}" for s in (*settings, *self.study.overrides, *overrides))
+        files = [EXPERIMENTS / config.partition(":")[0], EXPERIMENTS / "common.py"]
+        job_name = f"train:{kind}:{name}:s{seed}"
+        job = self._job(job_name, command, needs, [*files, *inputs], [run / "final"], count / 2)
+        return dataclasses.replace(job, state=(str(run),), workdir=str(run))
+
+    def _study_job(
+        self,
+        name: str,
+        part: str,
+        needs: tuple[str, ...],
+        inputs: list[Path],
+        outputs: list[Path],
+        seed: int = 0,
+        expected: float = 0.0,
+    ) -> Job:
+        """A part of `flexolmo study` itself."""
+        command = ("study", "--only", part, "--out", str(self.at.root), "--seed", str(seed))
+        return self._job(name, command, needs, inputs, outputs, expected)
+
+    def _job(
+        self,
+        name: str,
+        command: tuple[str, ...],
+        needs: tuple[str, ...] = (),
+        inputs: list[Path] | tuple[Path, ...] = (),
+        outputs: list[Path] | tuple[Path, ...] = (),
+        expected: float = 0.0,
+    ) -> Job:
+        return Job(
+            name=name,
+            command=(*PROGRAM, *command),
+            needs=needs,
+            inputs=tuple(map(str, inputs)),
+            outputs=tuple(map(str, outputs)),
+            env=self.env,
+            workdir=str(self.at.root),
+            expected_s=expected,
+        )
+
+
+def check_checkout() -> None:
+    """Refuses to start where the experiment files are not.
+
+    Raises:
+      ConfigError: the package runs without its checkout.
+    """
+    if not (EXPERIMENTS / "studies.py").is_file():
+        fix = "clone the repository and run the study there"
+        raise ConfigError("A study needs the experiments of a checkout", where=EXPERIMENTS, fix=fix)

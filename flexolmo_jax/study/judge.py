@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of every method of one seed: on held-out text, with what it may choose chosen before.
+
+All choices (temperatures, active experts, rates) are made on the tuning split alone.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from flexolmo_jax import inference, model, stages, tree
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data import shards
+from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import slice as slices
+from flexolmo_jax.experts.manifest import PUBLIC
+from flexolmo_jax.study import rivals, rows, weights
+from flexolmo_jax.study.design import Study
+from flexolmo_jax.study.jobs import RIVAL, Layout
+from flexolmo_jax.study.rivals import Method, choose
+from flexolmo_jax.study.scorer import Losses, Scorer, read_text
+
+Say = Callable[[str], None]
+# Active experts that a mixture may choose among.
+ACTIVE = (2, 3, 4)
+RANKS = (4, 16, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Experts in slots, and all that is needed to run them.
+
+    Attributes:
+      group: slot 0 is public, slot i the i-th closed domain's.
+      config: the architecture with its router.
+    """
+
+    shared: tree.Tree
+    group: tree.Tree
+    config: ModelConfig
+
+    def losses(self, scorer: Scorer, n_active: int, **kwargs: Any) -> Losses:
+        """Losses of the mixture on every text."""
+        return scorer.losses(
+            self.shared, self.group, config=self.config, n_active=n_active, **kwargs
+        )
+
+    def replace(self, **changes: Any) -> "Mixture":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def falling_back(self) -> "Mixture":
+        """The same experts, with the public one always active."""
+        router = dataclasses.replace(self.config.router, fallback=True)
+        return self.replace(config=self.config.replace(router=router))
+
+
+class Judge:
+    """All that the methods of one seed are scored with."""
+
+    def __init__(self, layout: Layout, seed: int, say: Say):
+        self.at, self.study, self.seed, self.say = layout, layout.study, seed, say
+        self.info, self.anchor, _ = model_dir.load_model(layout.anchor)
+        size = inference.token_bytes(self.info)
+        rows = self.study.rows
+        self.heldout = self._scorer("heldout", rows["heldout"], size)
+        self.tuning = self._scorer("tuning", rows["tuning"], size)
+        # Many sets of owners are compared with each other on the same, smaller part of the text.
+        self.part = self._scorer("heldout", rows["sets"], size)
+
+    def _scorer(self, split: str, rows: int, size: np.ndarray) -> Scorer:
+        texts = {
+            d: read_text(self.at.data(d, split), size, rows=rows, seq_len=self.study.seq_len)
+            for d in self.study.domains
+        }
+        return Scorer(self.info.config, texts)
+
+    @functools.cached_property
+    def dense(self) -> dict[str, tree.Tree]:
+        """The anchor and every owner's dense model."""
+        owned = {d: weights.final(self.at.run("dense", d, self.seed)) for d in self.study.closed}
+        return {PUBLIC: self.anchor, **owned}
+
+    def counts(self, name: str) -> np.ndarray:
+        """Token counts of the training text of an owner, or of all public text."""
+        domains = self.study.public if name == PUBLIC else (name,)
+        total = np.zeros(self.info.config.vocab_size, np.int64)
+        for domain in domains:
+            opened = shards.open_shards(self.at.data(domain, "train"))
+            total += np.bincount(opened.tokens(0, opened.n_tokens), minlength=len(total))
+        return total
+
+    @functools.cached_property
+    def recipes(self) -> dict[str, Mixture]:
+        """Recipe to its experts, each trained alone, in one mixture."""
+        return {name: self._stitched(name) for name in self.study.recipes}
+
+    def _stitched(self, name: str) -> Mixture:
+        info, params, _ = model_dir.load_model(self.at.anchor_of(name))
+        public = slices.take_slot(params["experts"], 0)
+        own = [weights.final(self.at.run(name, d, self.seed)) for d in self.study.closed]
+        return Mixture(params["shared"], weights.stacked([public, *own]), info.config)
+
+    def trained_together(self, run: str, start: str) -> Mixture:
+        """A mixture that a run trained: all of it, or its router rows."""
+        folder = self.at.start(start) if start == "union" else self.at.model(start, self.seed)
+        info, params, _ = model_dir.load_model(folder)
+        found = weights.final(self.at.run(RIVAL, run, self.seed))
+        if "shared" in found:
+            return Mixture(found["shared"], found["experts"], info.config)
+        group = weights.with_rows(params["experts"], found)
+        return Mixture(params["shared"], group, info.config)
+
+    def choose_active(self, m: Mixture) -> Method:
+        """A mixture with the number of active experts chosen on the tuning split."""
+        values = sorted({min(k, len(self.study.closed) + 1) for k in ACTIVE})
+        k, record = choose(values, lambda k: self.tuning.bits(m.losses(self.tuning, k)))
+        return Method(m.losses(self.heldout, k), k, {"active": record})
+
+
+def methods(j: Judge) -> dict[str, tuple[Method, str]]:
+    """Method to its losses, and the kind of its cost ("dense", "mixture")."""
+    found: dict[str, tuple[Method, str]] = {}
+
+    def add(name: str, method: Method, kind: str) -> None:
+        found[name] = (method, kind)
+        mean = np.mean(list(j.heldout.bits(method.losses).values()))
+        j.say(f"{name:<24} mean {mean:.4f}")
+
+    add("anchor", Method(j.heldout.losses(j.anchor["shared"], j.anchor["experts"])), "dense")
+    for name in j.study.recipes:
+        for variant, method in variants(j, name).items():
+            add(f"{name}{variant}", method, "mixture")
+    if j.study.rivals:
+        for name in ("public", *j.study.closed):
+            made = weights.final(j.at.run("dense", name, j.seed))
+            losses = j.heldout.losses(made["shared"], made["experts"])
+            add(f"dense-{name}", Method(losses), "dense")
+        splits = [rivals.Split.of(s, j.dense) for s in (j.tuning, j.heldout)]
+        counts = {name: j.counts(name) for name in j.dense}
+        for name, method in rivals.of_dense_models(*splits, j.dense, counts).items():
+            add(name, method, "dense")
+        add("btx", j.choose_active(j.trained_together("router-btx", "btx")), "mixture")
+        add("unrestricted", j.choose_active(j.trained_together("union", "union")), "mixture")
+    return found
+
+
+def variants(j: Judge, name: str) -> dict[str, Method]:
+    """A recipe, and what can be made of its experts without training any of them again."""
+    m = j.recipes[name]
+    out = {"": j.choose_active(m), "+fallback": j.choose_active(m.falling_back())}
+    k = out[""].forward
+    changed = {f"-rank{rank}": _low_rank(m, rank) for rank in RANKS}
+    changed["-no-bias"] = m.replace(group=weights.without_bias(m.group))
+    out |= {v: Method(x.losses(j.heldout, k), k, out[""].chosen) for v, x in changed.items()}
+    if j.study.recipes[name].tuned:
+        out["-tuned"] = j.choose_active(j.trained_together(f"router-{name}", name))
+    return out | {"+rate": _with_rate(j, m)}
+
+
+def _with_rate(j: Judge, m: Mixture) -> Method:
+    """Biases set from public text so that each expert is preferred on a chosen share of it."""
+    logits = rows.public_logits(j.at, m.shared, m.group, m.config)
+
+    def biased(rate: float) -> Mixture:
+        return m.replace(group={**m.group, "bias": rows.bias_at_rate(logits, m.group, rate)})
+
+    def tuning(rate: float) -> dict[str, float]:
+        return j.tuning.bits(biased(rate).losses(j.tuning, rows.ACTIVE))
+
+    rate, record = choose(rows.RATES, tuning)
+    return Method(biased(rate).losses(j.heldout, rows.ACTIVE), rows.ACTIVE, {"rate": record})
+
+
+def _low_rank(m: Mixture, rank: int) -> Mixture:
+    pieces = [slices.take_slot(m.group, e) for e in range(m.group["bias"].shape[1])]
+    cut = [weights.low_rank(piece, pieces[0], rank) for piece in pieces[1:]]
+    return m.replace(group=weights.stacked([pieces[0], *cut]))
+
+
+def pairs(j: Judge, name: str) -> dict[str, dict[str, float]]:
+    """Each expert beside the anchor, on its own and on public text: both always active."""
+    m, out = j.recipes[name], {}
+    for slot, domain in enumerate(j.study.closed, start=1):
+        allowed = [e in (0, slot) for e in range(len(j.study.closed) + 1)]
+        losses = m.losses(j.heldout, 2, allowed=allowed, domains=(*j.study.public, domain))
+        out[domain] = j.heldout.bits(losses)
+    return out
+
+
+def active_curve(j: Judge, m: Mixture) -> dict[str, dict[str, float]]:
+    """Active experts to bits per byte of each domain."""
+    counts = range(1, m.group["bias"].shape[1] + 1)
+    return {str(k): j.part.bits(m.losses(j.part, k)) for k in counts}
+
+
+def opt_out(j: Judge, m: Mixture, n_active: int, together: int = 2) -> dict[str, Any]:
+    """Denied owners, none, one and two at once, to bits per byte of each domain; and exactness.
+
+    `exact` compares the losses without an owner bit for bit with those of a mixture whose slot
+    was never filled.
+    """
+    closed, out = j.study.closed, {}
+    for count in range(together + 1):
+        for gone in itertools.combinations(closed, count):
+            allowed = [True, *(d not in gone for d in closed)]
+            out["+".join(gone)] = j.part.bits(m.losses(j.part, n_active, allowed=allowed))
+    gone = closed[j.seed % len(closed)]
+    allowed = [True, *(d != gone for d in closed)]
+    pieces = [slices.take_slot(m.group, e) if ok else None for e, ok in enumerate(allowed)]
+    never = m.replace(group=weights.stacked(pieces))
+    denied = m.losses(j.part, n_active, allowed=allowed)
+    absent = never.losses(j.part, n_active, allowed=allowed)
+    exact = all(np.array_equal(denied[d], absent[d]) for d in denied)
+    return {"bpb": out, "exact": exact, "checked": gone}
+
+
+def owners_curve(j: Judge, m: Mixture, n_active: int) -> dict[str, dict[str, float]]:
+    """The first owners to join, their number to bits per byte of each domain."""
+    closed = j.study.closed
+    return {
+        str(n): j.part.bits(
+            m.losses(j.part, n_active, allowed=[True, *(i < n for i in range(len(closed)))])
+        )
+        for n in range(len(closed) + 1)
+    }
+
+
+def train_flops(study: Study, config: ModelConfig, name: str) -> float:
+    """FLOPs of all training beyond the anchor's that a method needs, over all owners.
+
+    Counted as `stages.flops_per_token` does: no recomputation, no weight gradient of what is
+    frozen.
+    """
+    owners, tokens = len(study.closed), study.owner_tokens
+    router_tokens = study.steps["router"] * study.batch_rows * study.seq_len
+
+    def cost(stage: str, active: int = 1) -> float:
+        c = config.replace(n_slots=max(active, 1), n_active=max(active, 1))
+        return stages.flops_per_token(c, stage, study.seq_len)
+
+    if name == "anchor":
+        return 0.0
+    if name == "unrestricted":
+        return owners * tokens * cost("joint", 2)
+    if any(name.startswith(recipe) for recipe in study.recipes):
+        tuned = router_tokens * cost("router", 2) if name.endswith("-tuned") else 0.0
+        return owners * tokens * cost("expert") + tuned
+    if name.startswith("dense-"):
+        return tokens * cost("anchor")
+    router = router_tokens * cost("router", 2) if name == "btx" else 0.0
+    return owners * tokens * cost("anchor") + router
+
+
+def active_params(config: ModelConfig, method: Method, kind: str) -> int:
+    """Parameters that a token passes through, embeddings counted once per model."""
+    ffn = 3 * config.n_layers * config.d_model * config.d_ffn
+    one = config.replace(n_slots=1, n_active=1)
+    dense = tree.count(model.abstract_params(one))
+    return dense * method.forward if kind == "dense" else dense + ffn * (method.forward - 1)
+
+
+def run(layout: Layout, seed: int, say: Say) -> dict[str, Any]:
+    """Everything that one seed's results are made of, as JSON values."""
+    j = Judge(layout, seed, say)
+    config = j.info.config
+    out: dict[str, Any] = {"seed": seed, "anchor_digest": j.info.anchor_digest, "methods": {}}
+    for name, (method, kind) in methods(j).items():
+        out["methods"][name] = {
+            "bpb": {d: s.summary() for d, s in j.heldout.scores(method.losses).items()},
+            "train_flops": train_flops(j.study, config, name),
+            "active_params": active_params(config, method, kind),
+            "chosen": dict(method.chosen),
+        }
+    out["recipes"] = {}
+    for name in j.study.recipes:
+        m = j.recipes[name]
+        k = out["methods"][name]["chosen"]["active"]["value"]
+        k_back = out["methods"][f"{name}+fallback"]["chosen"]["active"]["value"]
+        out["recipes"][name] = {
+            "pairs": pairs(j, name),
+            "active": active_curve(j, m),
+            "active_fallback": active_curve(j, m.falling_back()),
+            "owners": owners_curve(j, m, k),
+            "opt_out": opt_out(j, m, k),
+            "opt_out_fallback": opt_out(j, m.falling_back(), k_back),
+            "part": j.part.bits(j.part.losses(j.anchor["shared"], j.anchor["experts"])),
+            "shipped": _shipped(m),
+        }
+        say(f"{name}: pairs, active experts, owners and opt-out done")
+    return out
+
+
+def _shipped(m: Mixture) -> dict[str, int]:
+    """Numbers that one owner ships, by rank of the change; "full" is every one."""
+    piece = slices.take_slot(m.group, 1)
+    out = {str(rank): weights.low_rank_size(piece, rank) for rank in RANKS}
+    return {**out, "full": tree.count(piece)}

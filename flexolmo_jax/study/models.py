@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a study that are no training: directories to start from, models in between."""
+
+from flexolmo_jax.experts import embedders, package, stitch
+from flexolmo_jax.study import proxies, starts
+from flexolmo_jax.study.jobs import Layout
+
+# Active experts of mixtures that are trained; what is scored chooses its own.
+N_ACTIVE = 2
+
+
+def make_starts(layout: Layout) -> dict:
+    """Writes what trainings of all seeds start from (see `starts`), and each owner's proxies."""
+    study, anchor = layout.study, layout.anchor
+    public = [layout.data(d, "train") for d in study.public]
+    starts.token_anchor(anchor, layout.start("token"), public)
+    starts.upcycled(anchor, layout.start("union"), study.closed, n_active=N_ACTIVE, seed=0)
+    found = {}
+    if any(recipe.tuned for recipe in study.recipes.values()):
+        for domain in study.closed:
+            found[domain] = proxies.write(
+                layout.data(domain, "train"),
+                public,
+                layout.start("proxies") / domain / "train",
+                tokenizer=anchor / "tokenizer.json",
+                embedder=embedders.get_embedder("hashed"),
+                budget=study.proxy_tokens,
+            )
+    return {"proxies": found}
+
+
+def make_models(layout: Layout, seed: int) -> dict:
+    """Packages and stitches the experts whose router is tuned, and assembles BTX."""
+    study, made = layout.study, {}
+    for name, recipe in study.recipes.items():
+        if not recipe.tuned:
+            continue
+        slices = [layout.model(f"{name}-{d}", seed) for d in study.closed]
+        for domain, out in zip(study.closed, slices, strict=True):
+            if not out.exists():
+                package.package(layout.run(name, domain, seed), out)
+        plan = stitch.plan(layout.anchor_of(name), slices, active=len(slices) + 1)
+        stitch.execute(plan, layout.model(name, seed))
+        made[name] = str(layout.model(name, seed))
+    if study.rivals:
+        dense = {d: layout.run("dense", d, seed) for d in study.closed}
+        out = layout.model("btx", seed)
+        starts.branch_train_mix(layout.anchor, out, dense, n_active=N_ACTIVE, seed=seed)
+        made["btx"] = str(out)
+    return made

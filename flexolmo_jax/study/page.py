@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study's results as Markdown, and as one page with plots."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from flexolmo_jax import charts
+from flexolmo_jax.study import tables
+from flexolmo_jax.study.design import Study
+
+Json = Mapping[str, Any]
+TEMPLATE = Path(__file__).with_name("page.html")
+OURS, OTHERS, ORACLE = charts.PALETTE[1], charts.PALETTE[0], charts.PALETTE[5]
+
+
+def sections(study: Study, results: Json) -> list[tuple[str, str, str]]:
+    """(heading, what it shows, Markdown table) of every table."""
+    seeds = f"mean of {study.seeds} seed(s) ± standard error over seeds"
+    return [
+        (
+            "Methods",
+            f"Bits per byte on held-out text, lower is better; {seeds}. Every owner trains on "
+            f"{study.owner_tokens:,} tokens, whatever the method; what a method may choose "
+            f"(at most {study.trials} values) is chosen on the tuning split.",
+            tables.methods(study, results),
+        ),
+        ("Domains", "The same by domain.", tables.domains(study, results)),
+        (
+            "Below the others",
+            "Mean over all domains of each method minus that of our recipe, paired by seed.",
+            tables.against(study, results),
+        ),
+        (
+            "What experts keep",
+            "Part of each expert's own gain (beside the anchor) that the mixture keeps, and what "
+            "public text costs.",
+            tables.facts(study, results),
+        ),
+        (
+            "Leaving",
+            "Each owner, and each pair of owners, denied in turn; the worst case of each seed, "
+            "averaged over seeds.",
+            tables.opt_out(study, results),
+        ),
+    ]
+
+
+def markdown(study: Study, results: Json) -> str:
+    """The tables."""
+    parts = [f"# Study: {study.suite}, size {study.size}", f"`{results['reproduce']}`"]
+    for heading, text, table in sections(study, results):
+        parts += [f"## {heading}", text, table]
+    return "\n\n".join(parts) + "\n"
+
+
+def plots(study: Study, results: Json) -> dict[str, str]:
+    """Name to SVG text."""
+    found = results["summary"]
+    rows = []
+    for name in tables.ordered(results):
+        ours = name.startswith(next(iter(study.recipes)))
+        colour = ORACLE if name.startswith("oracle") else OURS if ours else OTHERS
+        rows.append((name, found[name]["mean"], found[name]["stderr"] or 0.0, colour))
+    out = {"methods": charts.dots("All domains, every method", rows, "bits per byte, mean")}
+    anchor = {"anchor": found["anchor"]["mean"]}
+    for recipe, curves in results["curves"].items():
+        active = {
+            label: _points(curves[kind], "mean_all")
+            for label, kind in (("top k", "active"), ("public always active", "active_fallback"))
+        }
+        title = f"{recipe}: active experts"
+        out[f"{recipe}-active"] = charts.lines(title, active, "active experts", _BITS, anchor)
+        owners = {
+            label: _points(curves["owners"], key)
+            for label, key in (("all domains", "mean_all"), ("public text", "mean_public"))
+        }
+        title = f"{recipe}: owners who have joined"
+        out[f"{recipe}-owners"] = charts.lines(title, owners, "owners", _BITS)
+        out[f"{recipe}-rank"] = _rank_plot(recipe, results)
+    return out
+
+
+_BITS = "bits per byte, mean"
+
+
+def _points(curve: Json, key: str) -> list[tuple[float, float, float]]:
+    return [(float(x), e[key]["mean"], e[key]["stderr"] or 0.0) for x, e in curve.items()]
+
+
+def _rank_plot(recipe: str, results: Json) -> str:
+    """Quality against what an owner ships."""
+    points = []
+    for rank, size in results["shipped"][recipe].items():
+        s = results["summary"][recipe if rank == "full" else f"{recipe}-rank{rank}"]
+        points.append((size / 1e6, s["mean"], s["stderr"] or 0.0))
+    level = {"anchor": results["summary"]["anchor"]["mean"]}
+    title = f"{recipe}: quality by what is shipped"
+    return charts.lines(
+        title, {"change of low rank": sorted(points)}, "million numbers", _BITS, level
+    )
+
+
+def write(study: Study, results: Json, root: Path) -> None:
+    """Writes results.md, results.html and the plots beside results.json."""
+    (root / "results.md").write_text(markdown(study, results), encoding="utf-8")
+    drawn = plots(study, results)
+    for name, svg in drawn.items():
+        (root / f"{name}.svg").write_text(svg, encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(
+        study=study,
+        results=results,
+        sections=[
+            (heading, note, [line.strip("| ").split(" | ") for line in table.splitlines()])
+            for heading, note, table in sections(study, results)
+        ],
+        # Made here from numbers and checked names: nothing in it comes from text.
+        plots={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704
+    )
+    (root / "results.html").write_text(text, encoding="utf-8")

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model directories that the rivals' trainings start from."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flexolmo_jax import tree
+from flexolmo_jax.config import DataConfig, RouterConfig, RouterInitConfig, RunConfig, SourceConfig
+from flexolmo_jax.experts import model_dir, model_info, router_init
+from flexolmo_jax.experts import slice as slices
+from flexolmo_jax.model import INIT_STD, NO_BIAS
+from flexolmo_jax.study import weights
+
+TOKEN = RouterConfig(context="token")
+NOTHING_TRAINED = {"steps": 0, "tokens": 0, "seed": 0}
+
+
+def token_anchor(anchor: Path, out: Path, public: Sequence[Path]) -> model_info.ModelInfo:
+    """The same anchor as the paper has it: tokens judged alone, a public row from embeddings.
+
+    Source: paper section 3.3.1; the row is that of `router_init.public_row`.
+
+    Args:
+      public: token-shard directories.
+    """
+    info, params, _ = model_dir.load_model(anchor)
+    config = dataclasses.replace(info.config, router=TOKEN)
+    run = RunConfig(
+        stage="anchor",
+        anchor=str(anchor),
+        data=DataConfig(sources=tuple(SourceConfig(str(p), public=True) for p in public)),
+        router_init=RouterInitConfig(method="embedding"),
+    )
+    piece = slices.take_slot(params["experts"], 0)
+    piece["router"] = router_init.public_row(run, config)
+    training = {key: info.training[key] for key in NOTHING_TRAINED}
+    return model_dir.write_model(
+        out, config, params["shared"], piece, info.tokenizer_path, training
+    )
+
+
+def mixture(
+    anchor: Path,
+    out: Path,
+    shared: tree.Tree,
+    experts: Mapping[str, tree.Tree],
+    *,
+    n_active: int,
+    seed: int,
+) -> model_info.ModelInfo:
+    """A mixture of given FFNs whose router rows are drawn: there is nothing to copy them from.
+
+    Args:
+      shared: weights without a slot axis.
+      experts: id to slice, the public one included; router rows and biases in them are ignored.
+    """
+    info = model_info.read_info(anchor)
+    config = info.config.replace(n_slots=len(experts), n_active=n_active, router=TOKEN)
+    rng = np.random.default_rng(seed)
+
+    def drawn(piece: tree.Tree) -> tree.Tree:
+        rows = rng.standard_normal(piece["router"].shape) * INIT_STD
+        row = rows.astype(piece["router"].dtype)
+        return {**piece, "router": row, "bias": np.full_like(piece["bias"], NO_BIAS)}
+
+    public, *others = experts
+    members = [model_dir.Member(name, drawn(experts[name]), NOTHING_TRAINED) for name in others]
+    return model_dir.write_model(
+        out, config, shared, drawn(experts[public]), info.tokenizer_path, experts=members
+    )
+
+
+def upcycled(
+    anchor: Path, out: Path, names: Sequence[str], *, n_active: int, seed: int
+) -> model_info.ModelInfo:
+    """The start of the unrestricted mixture: the anchor's FFN in every slot.
+
+    Source: paper, baselines ("upcycled from the public model, trained on the union").
+    """
+    _, params, _ = model_dir.load_model(anchor)
+    public = slices.take_slot(params["experts"], 0)
+    experts = dict.fromkeys(("public", *names), public)
+    return mixture(anchor, out, params["shared"], experts, n_active=n_active, seed=seed)
+
+
+def branch_train_mix(
+    anchor: Path, out: Path, dense: Mapping[str, Path], *, n_active: int, seed: int
+) -> model_info.ModelInfo:
+    """The start of BTX: FFNs of the anchor and of dense models, all other weights averaged.
+
+    Source: Branch-Train-MiX, arXiv 2403.07816, section 3.
+
+    Args:
+      dense: owner to the workdir of its dense model's run.
+    """
+    _, params, _ = model_dir.load_model(anchor)
+    models = {"public": params} | {name: weights.final(run) for name, run in dense.items()}
+    shared = weights.average([m["shared"] for m in models.values()])
+    experts = {name: slices.take_slot(m["experts"], 0) for name, m in models.items()}
+    return mixture(anchor, out, shared, experts, n_active=n_active, seed=seed)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the scores of seeds to rows, means, standard errors and differences between methods."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flexolmo_jax.study.design import Study
+
+Scores = Mapping[str, Any]
+
+
+def rows(study: Study, scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    """One row per method and seed, as the result file lists them."""
+    return [
+        {
+            "method": name,
+            "seed": found["seed"],
+            "bpb": {d: s["value"] for d, s in m["bpb"].items()},
+            "stderr_documents": {d: s["stderr"] for d, s in m["bpb"].items()},
+            **means(study, {d: s["value"] for d, s in m["bpb"].items()}),
+            "train_flops": m["train_flops"],
+            "active_params": m["active_params"],
+            "chosen": {k: v["value"] for k, v in m["chosen"].items()},
+        }
+        for found in scores
+        for name, m in found["methods"].items()
+    ]
+
+
+def means(study: Study, bits: Mapping[str, float]) -> dict[str, float]:
+    """The means that tables show, and the worst domain."""
+
+    def mean(domains: Sequence[str]) -> float:
+        return float(np.mean([bits[d] for d in domains]))
+
+    return {
+        "mean_closed": mean(study.closed),
+        "mean_public": mean(study.public),
+        "mean_unseen": mean(study.unseen) if study.unseen else math.nan,
+        "mean_all": mean(study.domains),
+        "worst": max(bits.values()),
+    }
+
+
+def estimate(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, its standard error over seeds (None of one seed), and their number."""
+    array = np.asarray(values, np.float64)
+    n = len(array)
+    stderr = float(array.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    return {"mean": float(array.mean()), "stderr": stderr, "n": n}
+
+
+def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Method to estimates: of the mean over all domains, of the others, and of each domain."""
+    out: dict[str, Any] = {}
+    for method in dict.fromkeys(row["method"] for row in found):
+        mine = [row for row in found if row["method"] == method]
+        keys = ("mean_closed", "mean_public", "mean_unseen", "worst")
+        out[method] = {
+            **estimate([row["mean_all"] for row in mine]),
+            **{key: estimate([row[key] for row in mine]) for key in keys},
+            "bpb": {d: estimate([row["bpb"][d] for row in mine]) for d in mine[0]["bpb"]},
+            "train_flops": mine[0]["train_flops"],
+            "active_params": max(row["active_params"] for row in mine),
+        }
+    return out
+
+
+def difference(found: Sequence[Mapping[str, Any]], ours: str, other: str, key: str) -> dict:
+    """How much lower `ours` is than `other`, paired by seed, and that in standard errors."""
+
+    def by_seed(method: str) -> dict[int, float]:
+        return {row["seed"]: row[key] for row in found if row["method"] == method}
+
+    mine, theirs = by_seed(ours), by_seed(other)
+    gap = estimate([theirs[seed] - mine[seed] for seed in mine])
+    error = gap["stderr"]
+    return {**gap, "errors": gap["mean"] / error if error else None}
+
+
+def gain_kept(study: Study, found: Scores, recipe: str, method: str) -> dict[str, float]:
+    """Domain to the part of the expert's own gain (beside the anchor) that a mixture keeps."""
+    anchor, mixture = (found["methods"][m]["bpb"] for m in ("anchor", method))
+    pairs = found["recipes"][recipe]["pairs"]
+    return {
+        d: (anchor[d]["value"] - mixture[d]["value"]) / (anchor[d]["value"] - pairs[d][d])
+        for d in study.closed
+    }
+
+
+def opt_out(study: Study, found: Scores, recipe: str, kind: str) -> dict[str, Any]:
+    """The worst that leaving does: to who left against the anchor, to those who stayed.
+
+    Returns:
+      by number of owners who left: `left` (relative change of a domain whose owner left, against
+      the anchor; the highest, above 0 is worse), `any` (the same over all domains), `others` (the
+      largest relative change of a domain whose owner stayed, to either side, and towards worse).
+    """
+    sets = found["recipes"][recipe][kind]
+    anchor, whole = found["recipes"][recipe]["part"], sets["bpb"][""]
+    out: dict[str, Any] = {"exact": sets["exact"]}
+    for name, bits in sets["bpb"].items():
+        if not name:
+            continue
+        gone = name.split("+")
+        against = {d: bits[d] / anchor[d] - 1 for d in study.domains}
+        moved = {d: bits[d] / whole[d] - 1 for d in study.domains if d not in gone}
+        mine = out.setdefault(
+            str(len(gone)), {"left": -1.0, "any": -1.0, "others": 0.0, "worse": 0.0}
+        )
+        mine["left"] = max(mine["left"], *(against[d] for d in gone))
+        mine["any"] = max(mine["any"], *against.values())
+        mine["others"] = max(mine["others"], *(abs(v) for v in moved.values()))
+        mine["worse"] = max(mine["worse"], *moved.values())
+    return out
+
+
+def recipe_facts(study: Study, scores: Sequence[Scores], recipe: str) -> dict[str, Any]:
+    """Gains kept, public text against the anchor, and opt-out of a recipe, over seeds."""
+    out: dict[str, Any] = {}
+    for variant, kind in (("", "opt_out"), ("+fallback", "opt_out_fallback")):
+        method = f"{recipe}{variant}"
+        kept = [gain_kept(study, s, recipe, method) for s in scores]
+        leaving = [opt_out(study, s, recipe, kind) for s in scores]
+        counts = [key for key in leaving[0] if key != "exact"]
+        out[method] = {
+            "gain_kept": {d: estimate([k[d] for k in kept]) for d in study.closed},
+            "public": estimate([_public(study, s, method) for s in scores]),
+            "exact": all(x["exact"] for x in leaving),
+            "opt_out": {
+                n: {key: estimate([x[n][key] for x in leaving]) for key in leaving[0][n]}
+                for n in counts
+            },
+        }
+    return out
+
+
+def _public(study: Study, found: Scores, method: str) -> float:
+    """Relative change of public text against the anchor, mean over its domains."""
+    methods = found["methods"]
+    return float(
+        np.mean(
+            [
+                methods[method]["bpb"][d]["value"] / methods["anchor"]["bpb"][d]["value"] - 1
+                for d in study.public
+            ]
+        )
+    )
+
+
+def curves(study: Study, scores: Sequence[Scores]) -> dict[str, Any]:
+    """Recipe to its curves over active experts and owners: key to estimates of means."""
+    out: dict[str, Any] = {}
+    for recipe in study.recipes:
+        mine = out[recipe] = {}
+        for kind in ("active", "active_fallback", "owners"):
+            found = [s["recipes"][recipe][kind] for s in scores]
+            mine[kind] = {}
+            for key in found[0]:
+                each = [means(study, f[key]) for f in found]
+                mine[kind][key] = {m: estimate([e[m] for e in each]) for m in each[0]}
+    return out

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of finished runs in memory, and what can be made of them without training."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flexolmo_jax import moe, tree
+from flexolmo_jax.experts import package
+from flexolmo_jax.experts import slice as slices
+from flexolmo_jax.model import NO_BIAS
+
+RouterRows = Mapping[str, np.ndarray]
+
+
+def final(run: Path) -> tree.Tree:
+    """The weights that a run ended with, every file checked: a model, a slice or router rows."""
+    return package.read_params(package.read_final(run))
+
+
+def average(models: Sequence[tree.Tree], weights: Sequence[float] | None = None) -> tree.Tree:
+    """A soup: the weighted mean of each leaf, summed in float64; equal weights by default."""
+    share = np.full(len(models), 1 / len(models)) if weights is None else np.asarray(weights)
+
+    def mean(_: str, *leaves: np.ndarray) -> np.ndarray:
+        total = sum(w * leaf.astype(np.float64) for w, leaf in zip(share, leaves, strict=True))
+        return np.asarray(total, leaves[0].dtype)
+
+    return tree.map_named(mean, models[0], *models[1:])
+
+
+def stacked(pieces: Sequence[tree.Tree | None]) -> tree.Tree:
+    """A group of every slot, public first; None leaves a slot empty (`slices.stack_slices`)."""
+    return slices.stack_slices(pieces, len(pieces))
+
+
+def with_rows(group: tree.Tree, rows: RouterRows) -> tree.Tree:
+    """The group with other router rows and biases."""
+    return {**group, **{name: np.asarray(rows[name]) for name in ("router", "bias")}}
+
+
+def without_bias(group: tree.Tree) -> tree.Tree:
+    """The group as a format without expert biases keeps it, such as the reference's own merge."""
+    return {**group, "bias": np.full_like(group["bias"], NO_BIAS)}
+
+
+def low_rank(expert: tree.Tree, public: tree.Tree, rank: int) -> tree.Tree:
+    """The expert whose matrices differ from the public ones by their best change of this rank.
+
+    Source: FlexMoRE, arXiv 2602.08818: a singular value decomposition of the difference.
+    """
+    out = dict(expert)
+    for name in moe.WEIGHTS:
+        u, s, v = np.linalg.svd(expert[name] - public[name], full_matrices=False)
+        change = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+        out[name] = (public[name] + change).astype(expert[name].dtype)
+    return out
+
+
+def low_rank_size(expert: tree.Tree, rank: int) -> int:
+    """Numbers that such an expert ships: both factors of each matrix, router rows and biases."""
+    total = expert["router"].size + expert["bias"].size
+    for name in moe.WEIGHTS:
+        layers, rows, columns = expert[name].shape
+        total += layers * min(rank * (rows + columns), rows * columns)
+    return int(total)
