@@ -87,14 +87,14 @@ class Study:
 
 
 def write(study: Study, folder: Path) -> Path:
-    """Writes the study into its folder.
+    """Writes the study into its folder; the same study may come back with other seeds.
 
     Raises:
       ConfigError: another study lives there.
     """
     path = folder / NAME
     text = json.dumps(dataclasses.asdict(study), indent=1) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if path.is_file() and dataclasses.replace(read(folder), seeds=study.seeds) != study:
         raise ConfigError(
             "The folder holds another study",
             where=folder,

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study: its jobs, what is made of finished weights, its arithmetic and its page."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy
+from expert_helpers import make_anchor, random_tree
+
+from experiments import studies
+from flexolmo_jax import evaluate, model, moe, router, stages, tree
+from flexolmo_jax.cli import main as cli
+from flexolmo_jax.config import RouterConfig
+from flexolmo_jax.data import shards, tokenize
+from flexolmo_jax.errors import ConfigError
+from flexolmo_jax.experts import model_dir
+from flexolmo_jax.experts import slice as slices
+from flexolmo_jax.jobs.plan import order
+from flexolmo_jax.study import (
+    design,
+    jobs,
+    judge,
+    mixing,
+    page,
+    proxies,
+    rows,
+    run,
+    scorer,
+    starts,
+    summary,
+    weights,
+)
+
+STUDY = dataclasses.replace(
+    studies.get_study("seeds=2,quick=true"),
+    public=("wiki",),
+    closed=("code", "news"),
+    unseen=("math",),
+)
+
+
+# --- Design and jobs ---------------------------------------------------------------------------
+
+
+def test_a_folder_holds_one_study(tmp_path):
+    design.write(STUDY, tmp_path)
+    assert design.read(tmp_path) == STUDY
+    design.write(STUDY, tmp_path)
+    with pytest.raises(ConfigError, match="another study"):
+        design.write(dataclasses.replace(STUDY, batch_rows=3), tmp_path)
+    assert design.read(tmp_path) == STUDY
+    more = dataclasses.replace(STUDY, seeds=5)
+    design.write(more, tmp_path)
+    assert design.read(tmp_path) == more
+    with pytest.raises(ConfigError, match="No study here"):
+        design.read(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("suite", studies.SUITES)
+def test_every_suite_is_a_plan_whose_jobs_can_run(suite, tmp_path):
+    study = studies.get_study(f"suite={suite},seeds=2")
+    plan = jobs.plan(study, tmp_path, "assets")
+    ordered = order(plan)
+    recipes, owners = len(study.recipes), len(study.closed)
+    trained = [j for j in ordered if j.name.startswith("train:")]
+    tuned = sum(r.tuned for r in study.recipes.values())
+    rivals = owners + 3 if study.rivals else 0  # dense models, public, union, btx
+    assert len(trained) == 2 * (recipes * owners + tuned + rivals) + 1
+    assert {j.name for j in ordered if j.name.startswith("judge")} == {"judge:s0", "judge:s1"}
+    for job in trained:
+        config = jobs.EXPERIMENTS / job.command[5].partition(":")[0].rpartition("/")[2]
+        assert config.is_file()
+
+
+def test_the_job_of_an_owner_is_given_no_other_owners_text(tmp_path):
+    plan = jobs.plan(STUDY, tmp_path, "assets")
+    for job in plan.jobs:
+        kind = job.name.split(":")
+        if kind[0] == "train" and kind[1] in (*STUDY.recipes, "dense"):
+            text = " ".join((*job.command, *job.inputs))
+            others = [d for d in STUDY.closed if d != kind[2]]
+            assert not any(str(tmp_path / "data" / d) in text for d in others), job.name
+
+
+def test_every_owner_trains_on_as_many_tokens_whatever_the_method(tmp_path):
+    def steps(job):
+        (found,) = [c for c in job.command if c.startswith("--config.optim.total_steps=")]
+        return int(found.partition("=")[2])
+
+    plan = jobs.plan(STUDY, tmp_path, "assets")
+    by_kind = {}
+    for job in plan.jobs:
+        if job.name.startswith("train:"):
+            by_kind.setdefault(":".join(job.name.split(":")[1:3]), set()).add(steps(job))
+    each = STUDY.steps["owner"]
+    owned = {f"{k}:{d}" for k in (*STUDY.recipes, "dense") for d in STUDY.closed}
+    assert all(by_kind[name] == {each} for name in owned)
+    assert by_kind["rival:union"] == {each * len(STUDY.closed)}
+
+
+def test_an_unknown_suite_names_the_nearest(tmp_path, capsys):
+    assert cli.main(["study", "--suite", "mian", "--out", str(tmp_path / "s")]) == 2
+    assert "main" in capsys.readouterr().err
+    assert cli.main(["study", "--size", "tony", "--out", str(tmp_path / "s")]) == 2
+    assert "tiny" in capsys.readouterr().err
+    assert cli.main(["study", "--seeds", "0", "--out", str(tmp_path / "s")]) == 2
+    assert not (tmp_path / "s").exists()
+
+
+# --- What is made of weights -------------------------------------------------------------------
+
+C = toy.config(n_slots=4, n_active=2)
+
+
+def dense(seed):
+    params = toy.params(C.replace(n_slots=1, n_active=1), seed)
+    return jax.tree.map(np.asarray, params)
+
+
+def test_a_soup_is_the_mean_of_each_leaf():
+    models = [dense(0), dense(1), dense(2)]
+    mean = weights.average(models)
+    for name, leaf in tree.flatten(mean).items():
+        parts = [tree.flatten(m)[name] for m in models]
+        np.testing.assert_allclose(leaf, np.mean(parts, axis=0), atol=1e-6)
+    one = weights.average(models, [0.0, 1.0, 0.0])
+    assert tree.digests(one) == tree.digests(models[1])
+
+
+def test_low_rank_experts():
+    """Mutations: the decomposition of the expert instead of its difference; one rank too many."""
+    public, expert = (slices.take_slot(dense(seed)["experts"], 0) for seed in (0, 1))
+    full = weights.low_rank(expert, public, 10**6)
+    for name in moe.WEIGHTS:
+        np.testing.assert_allclose(full[name], expert[name], atol=1e-5)
+        cut = weights.low_rank(expert, public, 3)[name]
+        assert (np.linalg.matrix_rank(cut - public[name], tol=1e-4) == 3).all()
+        left, right = (
+            np.linalg.norm(expert[name] - cut),
+            np.linalg.norm(expert[name] - public[name]),
+        )
+        assert left < right
+    size = sum(expert[n].shape[0] * 3 * sum(expert[n].shape[1:]) for n in moe.WEIGHTS)
+    assert weights.low_rank_size(expert, 3) == size + expert["router"].size + expert["bias"].size
+    everything = sum(leaf.size for leaf in expert.values())
+    assert weights.low_rank_size(expert, 10**6) == everything
+
+
+def test_biases_are_set_by_how_often_an_expert_is_preferred():
+    rng = np.random.default_rng(0)
+    shift = np.array([3.0, -8.0])[:, None, None]
+    logits_ELN = rng.normal(size=(2, 2, 5000)) + shift
+    group = {"bias": np.zeros((2, 3), np.float32)}
+    raw = rows.bias_at_rate(logits_ELN, group, 0.1)
+    effective = np.asarray(jax.vmap(router.effective_bias)(raw))
+    assert (raw[:, 0] == 0).all()
+    share = [(logits_ELN[e] + effective[:, e + 1, None] > 0).mean(-1) for e in range(2)]
+    np.testing.assert_allclose(share[0], 0.1, atol=0.002)
+    # The second is preferred too seldom already: a bias cannot raise it.
+    assert (share[1] == 0).all() and (np.abs(effective[:, 2]) < 1e-5).all()
+
+
+# --- Starts ------------------------------------------------------------------------------------
+
+
+def test_the_papers_anchor_differs_in_the_router_alone(tmp_path):
+    texts = toy.texts(tmp_path)
+    config = toy.config(n_slots=1, n_active=1, vocab_size=texts.vocab_size)
+    config = config.replace(router=RouterConfig("document"))
+    params = random_tree(model.abstract_params(config), 0)
+    piece = slices.take_slot(params["experts"], 0)
+    training = {"steps": 1, "tokens": 2, "seed": 3}
+    made = model_dir.write_model(
+        tmp_path / "anchor", config, params["shared"], piece, texts.tokenizer, training
+    )
+    info = starts.token_anchor(made.path, tmp_path / "token", [texts.public])
+    assert info.config.router == RouterConfig("token") and info.is_anchor
+    _, other, _ = model_dir.load_model(info.path)
+    _, whole, _ = model_dir.load_model(made.path)
+    old, new = tree.digests(whole), tree.digests(other)
+    assert {name for name in old if old[name] != new[name]} == {"experts/router"}
+    row = other["experts"]["router"]
+    assert np.abs(row).max() > 0 and (row == row[:1]).all()  # One vector for all layers.
+
+
+def test_an_upcycled_mixture_starts_as_its_anchor(tmp_path):
+    anchor = make_anchor(tmp_path / "anchor")
+    info = starts.upcycled(anchor.path, tmp_path / "m", ("a", "b"), n_active=2, seed=0)
+    _, params, _ = model_dir.load_model(info.path)
+    assert list(info.slots) == ["public", "a", "b"] and info.config.n_active == 2
+    for name in moe.WEIGHTS:
+        leaf = params["experts"][name]
+        assert (leaf == leaf[:, :1]).all()
+    rows_ = params["experts"]["router"]
+    assert len(np.unique(rows_)) == rows_.size and np.abs(rows_).max() < 0.2
+    assert (np.asarray(router.effective_bias(params["experts"]["bias"][0])) == 0).all()
+    _, whole, _ = model_dir.load_model(anchor.path)
+    assert tree.digests(params["shared"]) == tree.digests(whole["shared"])
+
+
+# --- Proxies -----------------------------------------------------------------------------------
+
+
+def test_proxies_are_the_public_documents_that_look_like_the_owners(tmp_path):
+    rng = np.random.default_rng(0)
+    own = rng.normal(size=(30, 8)) + 2.0
+    public = rng.normal(size=(60, 8))
+    public[:10] += 2.0
+    score = proxies.relevance(own, public)
+    assert set(np.argsort(-score)[:10]) == set(range(10))
+
+
+def test_diversity_passes_over_a_copy():
+    score = np.array([3.0, 2.9, 1.0, 0.0])
+    vectors = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    tokens = np.full(4, 10)
+    assert proxies.select(score, vectors, tokens, 20, 0.0) == [0, 1]
+    assert proxies.select(score, vectors, tokens, 20, 5.0) == [0, 2]
+    assert proxies.select(score, vectors, tokens, 5, 0.0) == [0]
+    assert len(proxies.select(score, vectors, tokens, 10**6, 0.0)) == 4
+
+
+def test_proxies_are_token_shards(tmp_path):
+    texts = toy.texts(tmp_path)
+
+    def letters(found):
+        return np.array([[len(t), t.count("e"), 1.0] for t in found], np.float64)
+
+    facts = proxies.write(
+        texts.own,
+        [texts.public],
+        tmp_path / "proxies",
+        tokenizer=texts.tokenizer,
+        embedder=letters,
+        budget=50,
+    )
+    opened = shards.open_shards(
+        tmp_path / "proxies", tokenizer_digest=tokenize.digest(texts.tokenizer)
+    )
+    assert opened.n_documents == facts["documents"] and opened.n_tokens == facts["tokens"] >= 50
+    public = shards.open_shards(texts.public)
+    known = {public.document(i).tobytes() for i in range(public.n_documents)}
+    assert all(opened.document(i).tobytes() in known for i in range(opened.n_documents))
+
+
+# --- Scores ------------------------------------------------------------------------------------
+
+
+def text_of(seed, n_rows=8):
+    batch = jax.tree.map(
+        np.asarray, toy.batch(rows=n_rows, length=16, seed=seed, vocab=C.vocab_size)
+    )
+    mask = batch["loss_mask"]
+    size = np.where(mask, 1 + batch["targets"] % 4, 0)
+    return mixing.Text(batch["tokens"], batch["targets"], batch["segments"], mask, size)
+
+
+@pytest.fixture(scope="module")
+def scoring():
+    return scorer.Scorer(
+        C.replace(n_slots=1, n_active=1), {"wiki": text_of(0), "code": text_of(1, 16)}
+    )
+
+
+def test_losses_are_those_of_evaluation(scoring):
+    params = dense(0)
+    losses = scoring.losses(params["shared"], params["experts"])
+    for domain, text in scoring.texts.items():
+        batch = {"tokens": text.tokens, "targets": text.targets}
+        batch |= {"segments": text.segments, "loss_mask": text.mask}
+        score = evaluate.score_text(
+            scoring.config,
+            model.Runtime("dense"),
+            params["shared"],
+            (params["experts"],),
+            [batch],
+            np.arange(C.vocab_size) % 4 + 1,
+        )
+        got = scoring.scores(losses)[domain]
+        assert got.bits_per_byte == pytest.approx(score.bits_per_byte, rel=1e-5)
+        assert got.stderr == pytest.approx(score.stderr, rel=1e-4)
+
+
+def test_a_row_of_a_weighted_soup_has_the_weights_that_it_asks_for(scoring):
+    """Mutation: the weights of the first row for all."""
+    models = [dense(0), dense(1)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *models)
+    share = np.tile([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.25, 0.75]], (2, 1))
+    got = scoring.soup_losses(stacked, {"wiki": share}, ["wiki"])["wiki"]
+    for row, weight in enumerate(share):
+        mixed = weights.average(models, weight)
+        expected = scoring.losses(mixed["shared"], mixed["experts"], domains=["wiki"])["wiki"]
+        np.testing.assert_allclose(got[row], expected[row], atol=1e-4)
+
+
+def test_leaving_is_exact_and_told_apart_from_not(scoring):
+    """Mutation: the denied slot read for its weights."""
+    anchor = dense(0)
+    pieces = [slices.take_slot(dense(seed)["experts"], 0) for seed in (0, 1, 2)]
+    mixture = judge.Mixture(anchor["shared"], weights.stacked(pieces), C)
+
+    class Fake:
+        study, part, seed = STUDY, scoring, 0
+
+    found = judge.opt_out(Fake(), mixture, 2)
+    assert found["exact"] and found["checked"] == "code"
+    assert list(found["bpb"]) == ["", "code", "news", "code+news"]
+    alone = scoring.bits(scoring.losses(anchor["shared"], anchor["experts"]))
+    assert found["bpb"]["code+news"] == pytest.approx(alone, rel=1e-6)
+    assert found["bpb"][""] != pytest.approx(alone, rel=1e-5)
+
+
+def test_training_flops():
+    flops = {
+        name: judge.train_flops(STUDY, C, name)
+        for name in ("anchor", "ours", "paper-tuned", "soup", "dense-code", "btx", "unrestricted")
+    }
+    tokens, owners = STUDY.owner_tokens, len(STUDY.closed)
+    one = C.replace(n_slots=1, n_active=1)
+    each = stages.flops_per_token(one, "anchor", STUDY.seq_len)
+    assert flops["anchor"] == 0 and flops["dense-code"] == tokens * each
+    assert flops["soup"] == owners * tokens * each < flops["btx"]
+    assert flops["ours"] < flops["paper-tuned"]
+    assert flops["unrestricted"] > flops["soup"]
+
+
+# --- Summary and page --------------------------------------------------------------------------
+
+
+def fake_scores(seed):
+    """Scores of a seed in which every figure is known."""
+    domains = STUDY.domains
+    bits = {"anchor": 2.0, "ours": 1.5 + 0.1 * seed, "paper": 1.8}
+    for recipe in ("ours", "paper"):
+        bits |= {f"{recipe}{v}": bits[recipe] + 0.01 for v in ("+fallback", "-rank4")}
+        bits |= {f"{recipe}-rank{r}": bits[recipe] for r in judge.RANKS}
+    methods = {
+        name: {
+            "bpb": {d: {"value": value, "stderr": 0.01} for d in domains},
+            "train_flops": 1e12,
+            "active_params": 1000,
+            "chosen": {},
+        }
+        for name, value in bits.items()
+    }
+
+    def even(value):
+        return dict.fromkeys(domains, value)
+
+    opt_out = {
+        "bpb": {
+            "": even(1.5),
+            "code": {**even(1.5), "code": 2.02, "news": 1.47},
+            "news": {**even(1.5), "news": 1.98},
+            "code+news": even(2.0),
+        },
+        "exact": True,
+    }
+    recipe = {
+        "pairs": {d: {"wiki": 2.0, d: 1.4} for d in STUDY.closed},
+        "active": {"1": even(1.9), "2": even(1.5)},
+        "active_fallback": {"1": even(2.0), "2": even(1.5)},
+        "owners": {"0": even(2.0), "1": even(1.7), "2": even(1.5)},
+        "opt_out": opt_out,
+        "opt_out_fallback": opt_out,
+        "part": even(2.0),
+        "shipped": {**{str(r): r * 1000 for r in judge.RANKS}, "full": 100_000},
+    }
+    recipes = dict.fromkeys(STUDY.recipes, recipe)
+    return {"seed": seed, "anchor_digest": "sha256:0", "methods": methods, "recipes": recipes}
+
+
+def test_means_errors_and_differences():
+    assert summary.estimate([1.0, 3.0]) == {"mean": 2.0, "stderr": 1.0, "n": 2}
+    assert summary.estimate([1.0])["stderr"] is None
+    found = run.collect(STUDY, [fake_scores(0), fake_scores(1)])
+    ours = found["summary"]["ours"]
+    assert ours["mean"] == pytest.approx(1.55) and ours["stderr"] == pytest.approx(0.05)
+    gap = found["against"]["anchor"]["ours"]
+    assert gap["mean"] == pytest.approx(0.45) and gap["errors"] == pytest.approx(9.0)
+    assert found["against"]["ours"]["ours"]["mean"] == 0
+    keys = {"method", "seed", "bpb", "mean_closed", "mean_all", "train_flops", "active_params"}
+    assert keys <= set(found["rows"][0])
+
+
+def test_what_is_kept_and_what_leaving_does():
+    found = run.collect(STUDY, [fake_scores(0)])["facts"]["ours"]
+    # The pair gains 0.6, the mixture 0.5.
+    assert found["gain_kept"]["code"]["mean"] == pytest.approx(5 / 6)
+    assert found["public"]["mean"] == pytest.approx(-0.25)
+    one, two = found["opt_out"]["1"], found["opt_out"]["2"]
+    assert one["left"]["mean"] == pytest.approx(0.01) and two["left"]["mean"] == pytest.approx(0)
+    assert one["others"]["mean"] == pytest.approx(0.02) and one["worse"]["mean"] == 0
+    assert found["exact"]
+
+
+def test_the_page_shows_every_method(tmp_path):
+    content = {
+        **run.collect(STUDY, [fake_scores(0), fake_scores(1)]),
+        "reproduce": "flexolmo study --out <here>",
+        "versions": {"jax": "0"},
+        "machine": {"cores": 2},
+        "seconds": 60.0,
+    }
+    json.dumps(content)
+    page.write(STUDY, content, tmp_path)
+    text, html = (tmp_path / "results.md").read_text(), (tmp_path / "results.html").read_text()
+    for method in content["summary"]:
+        assert f"| {method} |" in text and f"<td>{method}</td>" in html
+    assert html.count("<svg") == 1 + 3 * len(STUDY.recipes)
+    assert "&lt;here&gt;" in html and "nan" not in text
+    assert not math.isnan(content["summary"]["ours"]["mean_unseen"]["mean"])
+    assert {p.name for p in tmp_path.glob("*.svg")} >= {"methods.svg", "ours-active.svg"}
+
+
+def test_an_anchor_that_is_given_is_used(tmp_path):
+    given = dataclasses.replace(STUDY, anchor=str(tmp_path / "given"))
+    plan = jobs.plan(given, tmp_path / "out", "assets")
+    names = {job.name for job in plan.jobs}
+    assert "train:anchor:public:s0" not in names and "tokenizer" not in names
+    texts = [job for job in plan.jobs if job.name == "prepare:wiki:train"]
+    assert str(tmp_path / "given/tokenizer.json") in texts[0].command
+    assert Path(given.anchor) == jobs.Layout(tmp_path, given).anchor
