@@ -6,15 +6,19 @@ Command: flexolmo study --suite main --seeds 3 --size tiny --out runs/study
 Cost:    tiny: about half an hour per seed on two CPU cores, the anchor half an hour once.
 Expect:  docs/results.md.
 
-Argument: suite (main, ablations), size (tiny), seeds, anchor (an existing one), quick.
+Argument: suite, size (tiny), seeds, anchor (an existing one), quick.
 
 Suites: `main` trains the paper's recipe, ours, and every rival. `ablations` trains experts only:
 what each idea does on the way from the paper's recipe to ours, and the paper's own ablations.
-What leaving, other numbers of active experts and fewer owners do is scored in every suite, since
-it needs no training.
+What leaving, other numbers of active experts and fewer owners do needs no training and is scored
+in every suite; `opt-out` and `active-experts` score that alone, of ours and the paper's recipe.
 """
 
+from typing import Any
+
 from experiments import common
+from flexolmo_jax import stages
+from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import ConfigError, nearest
 from flexolmo_jax.study.design import Recipe, Study
 
@@ -68,6 +72,8 @@ RECIPES = {
 SUITES = {
     "main": (("ours", "paper"), True),
     "ablations": (tuple(RECIPES), False),
+    "opt-out": (("ours", "paper"), False),
+    "active-experts": (("ours", "paper"), False),
 }
 
 # ---- Numbers of a size. -----------------------------------------------------------------------
@@ -89,6 +95,16 @@ QUICK = {
 SIZES = {"tiny": TINY}
 
 
+def _unions(size: str, numbers: dict[str, Any]) -> dict[str, int]:
+    """Steps of unrestricted mixtures that see as many tokens, or cost as many FLOPs, as experts."""
+    config = ModelConfig(**common.sizes()[size]).replace(n_slots=len(CLOSED) + 1, n_active=2)
+    expert, joint = (
+        stages.flops_per_token(config, stage, numbers["seq_len"]) for stage in ("expert", "joint")
+    )
+    steps = numbers["steps"]["owner"] * len(CLOSED)
+    return {"union-data": steps, "union-flops": round(steps * expert / joint)}
+
+
 def get_study(arg: str = "") -> Study:
     """Returns one study.
 
@@ -99,7 +115,8 @@ def get_study(arg: str = "") -> Study:
     if a.suite not in SUITES:
         raise ConfigError("Unknown suite", got=a.suite, fix=nearest(a.suite, SUITES))
     recipes, rivals = SUITES[a.suite]
-    numbers = QUICK if a.quick else common.pick(SIZES, a.size)
+    numbers = dict(QUICK if a.quick else common.pick(SIZES, a.size))
+    numbers["steps"] = numbers["steps"] | _unions(a.size, numbers)
     return Study(
         suite=a.suite,
         size=a.size,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares the methods with each other: trains what is missing, scores it, and writes results.
 
-OUT/results.json has every number, OUT/results.md the tables, OUT/results.html the page with plots.
-The same command goes on where it stopped.
+OUT/results-SUITE.json has every number, .md the tables and .html the page with plots. The same
+command goes on where it stopped; suites that share a folder share what is trained.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.study import run as running
 
     if args.only:
-        return running.part(args.only, args.out, args.seed)
+        return running.part(args.only, args.out, args.suite, args.seed)
     jobs.check_checkout()
     anchor = str(Path(args.anchor).resolve()) if args.anchor else ""
     if any(c in anchor for c in ",="):

@@ -9,8 +9,6 @@ from pathlib import Path
 from flexolmo_jax.config import EXPERT_ID, from_dict
 from flexolmo_jax.errors import ConfigError
 
-NAME = "study.json"
-
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -42,7 +40,9 @@ class Study:
       public, closed, unseen: corpora; nobody trains on the last.
       rivals: whether dense models, what is made of them, and unrestricted mixtures are trained.
       bytes: text per corpus: "public", "closed" (training), "heldout".
-      steps: optimizer steps: "anchor", "owner" (each expert and each dense model), "router".
+      steps: optimizer steps: "anchor", "owner" (each expert and each dense model), "router";
+        "union-data" and "union-flops" of unrestricted mixtures, as many tokens and as many FLOPs
+        as all owners together.
       rows: rows per corpus that are scored: "heldout"; "tuning", on which choices are made; "sets"
         of held-out text, on which sets of owners and numbers of active experts are compared.
       proxy_tokens: of each owner's proxies, if a router is tuned.
@@ -86,17 +86,25 @@ class Study:
         return self.steps["owner"] * self.batch_rows * self.seq_len
 
 
+def path_of(folder: Path, suite: str) -> Path:
+    """Where a folder keeps what a suite compares; several suites may share a folder."""
+    return folder / f"study-{suite}.json"
+
+
 def write(study: Study, folder: Path) -> Path:
     """Writes the study into its folder; the same study may come back with other seeds.
 
     Raises:
       ConfigError: another study lives there.
     """
-    path = folder / NAME
+    path = path_of(folder, study.suite)
     text = json.dumps(dataclasses.asdict(study), indent=1) + "\n"
-    if path.is_file() and dataclasses.replace(read(folder), seeds=study.seeds) != study:
+    if (
+        path.is_file()
+        and dataclasses.replace(read(folder, study.suite), seeds=study.seeds) != study
+    ):
         raise ConfigError(
-            "The folder holds another study",
+            "The folder holds this suite with other numbers",
             where=folder,
             fix="choose another --out, or repeat the options that it was started with",
         )
@@ -105,13 +113,13 @@ def write(study: Study, folder: Path) -> Path:
     return path
 
 
-def read(folder: Path) -> Study:
-    """The study of a folder.
+def read(folder: Path, suite: str) -> Study:
+    """A study of a folder.
 
     Raises:
       ConfigError: none there, or one that this version cannot read.
     """
-    path = folder / NAME
+    path = path_of(folder, suite)
     if not path.is_file():
-        raise ConfigError("No study here", where=folder, fix="start it with `flexolmo study`")
-    return from_dict(Study, json.loads(path.read_text(encoding="utf-8")), NAME)
+        raise ConfigError("No study here", where=path, fix="start it with `flexolmo study`")
+    return from_dict(Study, json.loads(path.read_text(encoding="utf-8")), path.name)

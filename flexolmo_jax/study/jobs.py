@@ -14,6 +14,8 @@ PROGRAM = (sys.executable, "-m", "flexolmo_jax")
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 VOCAB = "4096"
 RIVAL = "rival"
+# Unrestricted mixtures: as many tokens, and as many FLOPs, as all owners together.
+UNIONS = ("union-data", "union-flops")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Layout:
 
     def scores(self, seed: int) -> Path:
         """What the judge found."""
-        return self.root / f"scores-s{seed}.json"
+        return self.root / f"scores-{self.study.suite}-s{seed}.json"
 
 
 def plan(study: Study, root: Path, assets: str) -> Plan:
@@ -124,7 +126,8 @@ class _Maker:
         trained = [self._expert(r, d, seed) for r in self.study.recipes for d in self.study.closed]
         if self.study.rivals:
             trained += [self._dense(d, (d,), seed) for d in self.study.closed]
-            trained += [self._dense("public", self.study.public, seed), self._union(seed)]
+            trained.append(self._dense("public", self.study.public, seed))
+            trained += [self._union(name, seed) for name in UNIONS]
         tuned = [r for r, recipe in self.study.recipes.items() if recipe.tuned]
         mixed = [*tuned, *(["btx"] if self.study.rivals else [])]
         models = [self.at.model(name, seed) for name in mixed]
@@ -163,15 +166,14 @@ class _Maker:
         inputs = [self.at.anchor, *(p / "train" for p in own)]
         return self._train("dense", name, seed, config, "owner", ("starts",), inputs)
 
-    def _union(self, seed: int) -> Job:
-        """One mixture on everybody's text: as many steps as all owners take together."""
+    def _union(self, name: str, seed: int) -> Job:
+        """One mixture on everybody's text."""
         start = self.at.start("union")
         config = f"stitched.py:size={self.study.size},start={start},data={self.at.root / 'data'}"
         domains = (*self.study.closed, *self.study.public)
         config += f",domains={'+'.join(domains)}"
         inputs = [start, *(self.at.data(d, "train") for d in domains)]
-        steps = self.study.steps["owner"] * len(self.study.closed)
-        return self._train(RIVAL, "union", seed, config, steps, ("starts",), inputs)
+        return self._train(RIVAL, name, seed, config, name, ("starts",), inputs)
 
     def _router(self, name: str, seed: int) -> Job:
         """Tuning of router rows: of a recipe's model on proxies too, of BTX on public text."""
@@ -191,13 +193,13 @@ class _Maker:
         name: str,
         seed: int,
         config: str,
-        steps: str | int,
+        steps: str,
         needs: tuple[str, ...],
         inputs: list[Path],
         overrides: tuple[str, ...] = (),
     ) -> Job:
         run = self.at.run(kind, name, seed)
-        count = self.study.steps[steps] if isinstance(steps, str) else steps
+        count = self.study.steps[steps]
         settings = (
             f"optim.total_steps={count}",
             f"optim.warmup_steps={max(1, count // 10)}",
@@ -225,7 +227,8 @@ class _Maker:
         expected: float = 0.0,
     ) -> Job:
         """A part of `flexolmo study` itself."""
-        command = ("study", "--only", part, "--out", str(self.at.root), "--seed", str(seed))
+        command = ("study", "--suite", self.study.suite, "--out", str(self.at.root))
+        command += ("--only", part, "--seed", str(seed))
         return self._job(name, command, needs, inputs, outputs, expected)
 
     def _job(

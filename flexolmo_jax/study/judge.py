@@ -20,7 +20,7 @@ from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.experts.manifest import PUBLIC
 from flexolmo_jax.study import rivals, rows, weights
 from flexolmo_jax.study.design import Study
-from flexolmo_jax.study.jobs import RIVAL, Layout
+from flexolmo_jax.study.jobs import RIVAL, UNIONS, Layout
 from flexolmo_jax.study.rivals import Method, choose
 from flexolmo_jax.study.scorer import Losses, Scorer, read_text
 
@@ -145,7 +145,9 @@ def methods(j: Judge) -> dict[str, tuple[Method, str]]:
         for name, method in rivals.of_dense_models(*splits, j.dense, counts).items():
             add(name, method, "dense")
         add("btx", j.choose_active(j.trained_together("router-btx", "btx")), "mixture")
-        add("unrestricted", j.choose_active(j.trained_together("union", "union")), "mixture")
+        for name in UNIONS:
+            m = j.trained_together(name, "union")
+            add(f"unrestricted{name.removeprefix('union')}", j.choose_active(m), "mixture")
     return found
 
 
@@ -245,8 +247,9 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
 
     if name == "anchor":
         return 0.0
-    if name == "unrestricted":
-        return owners * tokens * cost("joint", 2)
+    if name.startswith("unrestricted"):
+        steps = study.steps[name.replace("unrestricted", "union")]
+        return steps * study.batch_rows * study.seq_len * cost("joint", 2)
     if any(name.startswith(recipe) for recipe in study.recipes):
         tuned = router_tokens * cost("router", 2) if name.endswith("-tuned") else 0.0
         return owners * tokens * cost("expert") + tuned

@@ -105,11 +105,12 @@ def _rank_plot(recipe: str, results: Json) -> str:
 
 
 def write(study: Study, results: Json, root: Path) -> None:
-    """Writes results.md, results.html and the plots beside results.json."""
-    (root / "results.md").write_text(markdown(study, results), encoding="utf-8")
+    """Writes results-SUITE.md and .html, and the plots."""
+    name = f"results-{study.suite}"
+    (root / f"{name}.md").write_text(markdown(study, results), encoding="utf-8")
     drawn = plots(study, results)
-    for name, svg in drawn.items():
-        (root / f"{name}.svg").write_text(svg, encoding="utf-8")
+    for plot, svg in drawn.items():
+        (root / f"{name}-{plot}.svg").write_text(svg, encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -124,4 +125,4 @@ def write(study: Study, results: Json, root: Path) -> None:
         # Made here from numbers and checked names: nothing in it comes from text.
         plots={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704
     )
-    (root / "results.html").write_text(text, encoding="utf-8")
+    (root / f"{name}.html").write_text(text, encoding="utf-8")

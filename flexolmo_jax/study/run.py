@@ -21,10 +21,10 @@ Say = Callable[[str], None]
 def run(
     study: Study, root: Path, *, max_parallel: int, command: str, say: Say = print
 ) -> dict[str, Any]:
-    """Trains and scores what is missing; writes study.json's results beside it.
+    """Trains and scores what is missing, then writes results-SUITE.json, .md and .html.
 
     Returns:
-      the content of results.json.
+      the content of results-SUITE.json.
 
     Raises:
       ConfigError: the folder holds another study.
@@ -57,14 +57,14 @@ def run(
     config = {"suite": study.suite, "size": study.size, "seeds": study.seeds}
     content = results.frame("study", config, found, time.perf_counter() - began)
     content["seconds"] = round(sum(r.seconds for r in ended), 1)
-    results.write_json(root / "results.json", content)
+    results.write_json(root / f"results-{study.suite}.json", content)
     page.write(study, content, root)
     return content
 
 
-def part(name: str, root: Path, seed: int, say: Say = print) -> dict[str, Any]:
+def part(name: str, root: Path, suite: str, seed: int, say: Say = print) -> dict[str, Any]:
     """One job of a study: "starts", "models" or "judge"."""
-    layout = Layout(root.resolve(), design.read(root))
+    layout = Layout(root.resolve(), design.read(root, suite))
     if name == "starts":
         return models.make_starts(layout)
     if name == "models":

@@ -22,7 +22,8 @@ SAYS = {
     "oracle-domain": "oracle: the best dense model of each domain",
     "oracle-token": "oracle: the best dense model of each token",
     "btx": "dense FFNs as experts, the rest averaged, router trained on public text",
-    "unrestricted": "a mixture on everybody's text together, equal data",
+    "unrestricted-data": "a mixture on everybody's text together, as many tokens",
+    "unrestricted-flops": "the same, as many FLOPs as our experts take",
 }
 VARIANTS = {
     "+fallback": "public always active and takes what is left",
