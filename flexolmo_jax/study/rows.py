@@ -28,7 +28,9 @@ def public_logits(layout: Layout, shared: tree.Tree, group: tree.Tree, config: M
     """
     n_slots = group["bias"].shape[1]
     config = config.replace(n_slots=n_slots, n_active=2)
-    placed = jax.device_put((shared, ({**group, "bias": jnp.full_like(group["bias"], -1e4)},)))
+    placed = jax.device_put(
+        (shared, ({**group, "bias": jnp.full_like(group["bias"], model.NO_BIAS)},))
+    )
     found: list[list[np.ndarray]] = [[] for _ in range(n_slots - 1)]
     for domain in layout.study.public:
         for batch in loader.heldout_batches(
