@@ -350,11 +350,10 @@ class RunConfig:
                 expected="lower-case letters, digits, '-' and '_', and not 'public'",
                 where="RunConfig.expert_id",
             )
-        if self.model is not None or self.tokenizer:
+        if self.model is not None:
             raise ConfigError(
-                f"Stage {self.stage!r} takes architecture and tokenizer of the model that it "
-                "starts from; it must not set its own",
-                got=f"model={self.model}, tokenizer={self.tokenizer!r}",
+                f"Stage {self.stage!r} takes the architecture of the model that it starts from; "
+                "it must not set its own",
                 where="RunConfig.model",
             )
 

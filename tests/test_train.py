@@ -350,5 +350,5 @@ def test_an_anchor_alone_is_no_mixture_to_go_on_with(texts, anchor, tmp_path, st
 
 
 def test_what_goes_on_brings_no_architecture_of_its_own(texts, anchor):
-    with pytest.raises(ConfigError, match="takes architecture and tokenizer"):
+    with pytest.raises(ConfigError, match="takes the architecture"):
         anchor_config(texts, anchor=str(anchor))
