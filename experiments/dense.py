@@ -15,6 +15,8 @@ Argument: size, anchor (a model directory), own (directories with train and held
 public (the same, to be scored on while training).
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import common
@@ -35,3 +37,8 @@ def get_config(arg: str = "") -> ConfigDict:
         *(common.source(f"{d}/heldout", public=True) for d in public),
     )
     return config
+
+
+def get_model(arg: str = "") -> dict[str, Any]:
+    """Fields of the anchor's `ModelConfig`, to plan the job before there is an anchor."""
+    return common.planned_model(common.sizes(), arg)

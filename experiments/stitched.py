@@ -15,6 +15,8 @@ domains (joined by +; empty takes the demo's), start (a mixture to go on with in
 weights; its architecture and tokenizer hold then).
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments import common
@@ -51,3 +53,8 @@ def get_config(arg: str = "") -> ConfigDict:
         for d in a.domains.split("+")
     )
     return config
+
+
+def get_model(arg: str = "") -> dict[str, Any]:
+    """Fields of the `ModelConfig` of a mixture to go on with, to plan the job before it is made."""
+    return common.planned_model(common.stitched_sizes(), arg)
