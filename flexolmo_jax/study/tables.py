@@ -78,7 +78,7 @@ def methods(study: Study, results: Json) -> str:
                 name,
                 number(s),
                 *(number(s[k]) for k in ("mean_closed", "mean_public", "mean_unseen", "worst")),
-                f"{s['train_flops'] / 1e12:,.0f}",
+                f"{s['train_flops'] / 1e12:,.1f}",
                 f"{s['active_params'] / 1e6:.2f}",
                 says(study, name),
             )
@@ -131,7 +131,7 @@ def against(study: Study, results: Json) -> str:
     """How far the first recipe is below each method, in standard errors of paired differences."""
     ours = next(iter(study.recipes))
     names = (ours, f"{ours}+fallback")
-    head = ("method", *(f"below it: {n}" for n in names for _ in (0,)), "in standard errors")
+    head = ("method", *(f"below it: {n}" for n in names), "in standard errors")
     rows = []
     for method in ordered(results):
         found = results["against"][method]
