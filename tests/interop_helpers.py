@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models on disk, of every kind that another program has a class for."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -112,4 +113,4 @@ def make_model(
 
 def recipe_router(c):
     """The router of a configuration as a recipe names it."""
-    return {"context": c.router.context, "renormalize": c.router.renormalize}
+    return dataclasses.asdict(c.router)
