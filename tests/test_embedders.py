@@ -128,6 +128,8 @@ def test_projection_keeps_inner_products(d_model):
     vectors = embedders.hashed_embedding(CODE + LAW)
     wide = embedders.project(vectors, d_model)
     assert wide.shape == (6, d_model) and wide.dtype == np.float32
+    # The products in float64: those of float32 differ by more than the projection does.
+    wide, vectors = wide.astype(np.float64), vectors.astype(np.float64)
     np.testing.assert_allclose(wide @ wide.T, vectors @ vectors.T, atol=1e-6)
 
 
