@@ -112,6 +112,19 @@ def test_an_unknown_suite_names_the_nearest(tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_study_refuses_what_is_no_anchor_before_any_job(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "s")]
+    assert cli.main(["study", "--anchor", str(tmp_path / "nothing"), *out]) == 3
+    assert "not a model that can be used" in capsys.readouterr().err
+    anchor = make_anchor(tmp_path / "anchor")
+    mixed = starts.upcycled(anchor.path, tmp_path / "m", ("a",), n_active=1, seed=0)
+    assert cli.main(["study", "--anchor", str(mixed.path), *out]) == 2
+    assert "starts from an anchor" in capsys.readouterr().err
+    assert cli.main(["study", "--only", "judge", *out]) == 2
+    assert "No study here" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
 # --- What is made of weights -------------------------------------------------------------------
 
 C = toy.config(n_slots=4, n_active=2)

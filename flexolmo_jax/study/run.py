@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax import assets, results
+from flexolmo_jax.errors import ConfigError
+from flexolmo_jax.experts import model_info
 from flexolmo_jax.jobs import local, progress
 from flexolmo_jax.report import read_json
 from flexolmo_jax.study import design, jobs, judge, models, page, summary
@@ -27,11 +29,13 @@ def run(
       the content of results-SUITE.json.
 
     Raises:
-      ConfigError: the folder holds another study.
+      ConfigError: the folder holds this suite with other numbers, or the anchor is none.
+      RefusedError: an anchor that cannot be used.
       MachineError: a job failed; its log has been shown.
       Preempted: a job was told to stop and has saved its state.
     """
     jobs.check_checkout()
+    _check_anchor(study)
     began, root = time.perf_counter(), root.resolve()
     design.write(study, root)
     assets_root = assets.default_root().resolve()
@@ -60,6 +64,17 @@ def run(
     results.write_json(root / f"results-{study.suite}.json", content)
     page.write(study, content, root)
     return content
+
+
+def _check_anchor(study: Study) -> None:
+    """Refuses an anchor before any job starts."""
+    if study.anchor and not model_info.read_info(study.anchor).is_anchor:
+        raise ConfigError(
+            "A study starts from an anchor",
+            got="a stitched model",
+            where=study.anchor,
+            fix="name the anchor that it was stitched from",
+        )
 
 
 def part(name: str, root: Path, suite: str, seed: int, say: Say = print) -> dict[str, Any]:
