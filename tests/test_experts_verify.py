@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from damage import KINDS, damaged
-from expert_helpers import make_world
+from expert_helpers import make_anchor, make_world
 
 from flexolmo_jax.cli.main import main
 from flexolmo_jax.experts import stitch
@@ -68,3 +68,11 @@ def test_what_is_no_model_is_a_finding_for_machines_too(tmp_path, capsys):
     assert not found["ok"]
     assert found["problems"]
     assert "it has no flexolmo.json" in capsys.readouterr().err
+
+
+def test_a_name_without_a_folder_is_a_path_too(tmp_path, monkeypatch):
+    """Mutation: the parent of the parent asked for its name before it is known to have one."""
+    make_anchor(tmp_path / "anchor")
+    monkeypatch.chdir(tmp_path)
+    assert verify("anchor") == []
+    assert [p.code for p in verify("nowhere")] == ["file-missing"]

@@ -78,9 +78,9 @@ def local_dir(path: str | Path) -> Path:
     if url is not None:
         return _view(url)
     path = Path(path)
-    origin = path.parent.parent.with_name(path.parent.parent.name + _ORIGIN)
     if path.parent.name != EXPERTS or not path.is_relative_to(cache.root()):
         return path
+    origin = path.parent.parent.with_name(path.parent.parent.name + _ORIGIN)
     if not origin.is_file() or (path.exists() and not _fresh.get()):
         return path
     return _view(f"{origin.read_text(encoding='utf-8')}/{EXPERTS}/{path.name}", path)
