@@ -28,18 +28,23 @@ from ml_collections import ConfigDict
 from experiments import common
 from flexolmo_jax.errors import ConfigError
 
+ARGUMENT = {
+    "size": "tiny",
+    "expert": "code",
+    "anchor": "runs/demo/anchor",
+    "own": "",
+    "public": "+".join(f"runs/demo/data/{d}" for d in common.PUBLIC),
+    "public_share": -1.0,
+}
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the configuration of one expert job."""
-    a = common.parse_arg(
-        arg,
-        size="tiny",
-        expert="code",
-        anchor="runs/demo/anchor",
-        own="",
-        public="+".join(f"runs/demo/data/{d}" for d in common.PUBLIC),
-        public_share=-1.0,
-    )
+    return configure(common.parse_arg(arg, **ARGUMENT))
+
+
+def configure(a: ConfigDict) -> ConfigDict:
+    """The same of an argument that has been read."""
     common.pick(common.sizes(), a.size)
     share = a.public_share
     if share < 0:

@@ -39,7 +39,13 @@ _PAPER = (
 _LABEL = ("optim.router_label_loss=1.0",)
 SHARE = common.TINY_PUBLIC_SHARE
 RECIPES = {
-    "ours": Recipe("document", SHARE, _LR, says="the default recipe of size tiny"),
+    "ours": Recipe(
+        "document",
+        SHARE,
+        _LR,
+        head=64,
+        says="the default recipe of size tiny, experts that add to the unembedding (rank 64)",
+    ),
     "paper": Recipe(
         "token", 0.0, _PAPER, tuned=True, says="own text only, rows from document embeddings"
     ),
@@ -55,6 +61,18 @@ RECIPES = {
         SHARE,
         (*_LR, "router_init.recalibrate=false"),
         says="and rows that start at a log density ratio with the public ruler",
+    ),
+    "ffn": Recipe("document", SHARE, _LR, says="ours, experts of FFNs alone"),
+    "attention": Recipe(
+        "document", SHARE, _LR, rank=16, says="and they add to attention (rank 16)"
+    ),
+    "norms": Recipe("document", SHARE, _LR, norms=True, says="ffn, and they add to norms"),
+    "rows-alone": Recipe(
+        "document",
+        SHARE,
+        head=64,
+        rows_of="ours",
+        says="ours, each owner's rows tuned alone afterwards",
     ),
     "random-rows": Recipe(
         "token", 0.0, (*_PAPER, "router_init.method=random"), says="paper, rows drawn at random"
@@ -98,9 +116,10 @@ SIZES = {"tiny": TINY}
 def _unions(size: str, numbers: dict[str, Any]) -> dict[str, int]:
     """Steps of unrestricted mixtures that see as many tokens, or cost as many FLOPs, as experts."""
     config = ModelConfig(**common.sizes()[size]).replace(n_slots=len(CLOSED) + 1, n_active=2)
-    expert, joint = (
-        stages.flops_per_token(config, stage, numbers["seq_len"]) for stage in ("expert", "joint")
-    )
+    ours = RECIPES["ours"]
+    held = {"expert_rank": ours.rank, "expert_norms": ours.norms, "expert_head": ours.head}
+    expert = stages.flops_per_token(config.replace(**held), "expert", numbers["seq_len"])
+    joint = stages.flops_per_token(config, "joint", numbers["seq_len"])
     steps = numbers["steps"]["owner"] * len(CLOSED)
     return {"union-data": steps, "union-flops": round(steps * expert / joint)}
 

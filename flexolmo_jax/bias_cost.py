@@ -126,7 +126,9 @@ def _score_both(
             allowed_BE=allowed_BE,
             n_active=n_active,
         )
-        nll_BT, _ = loss.token_losses(config, run, shared, out.hidden_BTD, batch["targets"])
+        nll_BT, _ = loss.token_losses(
+            config, run, shared, out.hidden_BTD, batch["targets"], (group,)
+        )
         nats.append(nll_BT)
         active.append(out.combine_LBTE > 0)
     return jnp.stack(nats), jnp.any(active[0] != active[1], axis=-1)

@@ -4,42 +4,56 @@
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax import attention, layers, moe, router, splash
+from flexolmo_jax import adapters, attention, layers, moe, router, splash
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.remat import OUTPUT, PROJECTION, keep
 from flexolmo_jax.runtime import Runtime
 from flexolmo_jax.sharding import constrain
 
 
-def layer(config: ModelConfig, run: Runtime, x_BTD, layer_in, **kwargs):
-    """One layer: attention, then the mixture, each with its norm after (post) or before (pre)."""
+def layer(config: ModelConfig, run: Runtime, carry, layer_in, **kwargs):
+    """One layer: attention, then the mixture, each with its norm after (post) or before (pre).
+
+    Args:
+      carry: the residual stream, and the combine weights of the layer below where experts hold
+        more than FFNs (else None).
+    """
+    x_BTD, gate_BTE = carry
     weights, groups, cache = layer_in
     post = config.norm_placement == "post"
 
-    def norm(x, scale):
+    def norm(x, part, gate_BTE):
+        scale = weights[f"{part}_norm"]
+        if config.expert_norms:
+            scale = adapters.scale(groups, f"{part}_scale", scale, gate_BTE)
         return layers.rms_norm(x, scale, config.norm_eps)
 
     with jax.named_scope("attention"):
-        a_BTD = x_BTD if post else norm(x_BTD, weights["attention_norm"])
-        a_BTD, new_cache = _attention(config, run, weights["attention"], a_BTD, cache, **kwargs)
-        x_BTD += norm(a_BTD, weights["attention_norm"]) if post else a_BTD
+        a_BTD = x_BTD if post else norm(x_BTD, "attention", gate_BTE)
+        a_BTD, new_cache = _attention(
+            config, run, weights["attention"], groups, gate_BTE, a_BTD, cache, **kwargs
+        )
+        x_BTD += norm(a_BTD, "attention", gate_BTE) if post else a_BTD
     with jax.named_scope("mixture"):
-        f_BTD = x_BTD if post else norm(x_BTD, weights["ffn_norm"])
+        f_BTD = x_BTD if post else norm(x_BTD, "ffn", gate_BTE)
         y_BTD, logits_BTE, combine_BTE, router_sum, drops = _mixture(
             config, run, groups, f_BTD, None if cache is None else cache[2], **kwargs
         )
         residual = f_BTD if kwargs["keep_residual"] else None
-        x_BTD += norm(y_BTD, weights["ffn_norm"]) if post else y_BTD
+        x_BTD += norm(y_BTD, "ffn", combine_BTE) if post else y_BTD
     x_BTD = constrain(x_BTD, run.mesh, "batch", "seq", "embed")
     if new_cache is not None:
         new_cache = (*new_cache, router_sum)
-    return x_BTD, (logits_BTE, combine_BTE, residual, drops, new_cache)
+    carry = (x_BTD, None if gate_BTE is None else combine_BTE)
+    return carry, (logits_BTE, combine_BTE, residual, drops, new_cache)
 
 
 def _attention(
     config: ModelConfig,
     run: Runtime,
     w,
+    groups,
+    gate_BTE,
     x_BTD,
     cache,
     *,
@@ -51,17 +65,19 @@ def _attention(
     """Attention over the row's documents, over the cache, or over branches after the cache."""
     B, T, _ = x_BTD.shape
 
-    def project(weight, scale):
-        y = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight.astype(x_BTD.dtype))
+    def project(name, scale):
+        y = jnp.einsum("BTD,DNH->BTNH", x_BTD, w[f"w_{name}"].astype(x_BTD.dtype))
+        if config.expert_rank:
+            y += adapters.project(groups, name, x_BTD, gate_BTE)
         y = keep(y, PROJECTION)
         if scale is not None:  # Over all heads together, or over each.
             normed = layers.rms_norm(y.reshape(B, T, -1, scale.size), scale, config.norm_eps)
             y = normed.reshape(y.shape)
         return constrain(y, run.mesh, "batch", "seq", "heads", "head_dim")
 
-    q_BTNH = project(w["w_q"], w.get("q_norm"))
-    k_BSKH = project(w["w_k"], w.get("k_norm"))
-    v_BSKH = project(w["w_v"], None)
+    q_BTNH = project("q", w.get("q_norm"))
+    k_BSKH = project("k", w.get("k_norm"))
+    v_BSKH = project("v", None)
     if cache is None:
         positions_BT = layers.document_positions(segments_BT)
         mask_BTS = layers.causal_document_mask(segments_BT)
@@ -75,16 +91,9 @@ def _attention(
     if follows_BTS is not None:
         k_BSKH, v_BSKH, mask_BTS = _after(cache, length_B, k_BSKH, v_BSKH, follows_BTS)
     elif cache is not None:
-        k_cache, v_cache, _ = cache
-        S = k_cache.shape[1]
-        rows = jnp.arange(B)[:, None]
-        # Padding is written nowhere: its slot is past the end.
-        at_BT = jnp.where(segments_BT > 0, positions_BT, S)
-        k_cache = k_cache.at[rows, at_BT].set(k_BSKH.astype(k_cache.dtype), mode="drop")
-        v_cache = v_cache.at[rows, at_BT].set(v_BSKH.astype(v_cache.dtype), mode="drop")
-        mask_BTS = jnp.arange(S) <= positions_BT[..., None]
-        k_BSKH, v_BSKH = k_cache.astype(x_BTD.dtype), v_cache.astype(x_BTD.dtype)
-        new_cache = (k_cache, v_cache)
+        new_cache = _written(cache, segments_BT, positions_BT, k_BSKH, v_BSKH)
+        mask_BTS = jnp.arange(cache[0].shape[1]) <= positions_BT[..., None]
+        k_BSKH, v_BSKH = (leaf.astype(x_BTD.dtype) for leaf in new_cache)
     if cache is None and run.attention == "tiled":
         out_BTNH = attention.tiled(q_BTNH, k_BSKH, v_BSKH, segments_BT, run.mesh)
     elif cache is None and run.attention == "splash":
@@ -92,7 +101,20 @@ def _attention(
     else:
         out_BTNH = layers.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
     out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, w["w_o"].astype(x_BTD.dtype))
+    if config.expert_rank:
+        out_BTD += adapters.project(groups, "o", out_BTNH, gate_BTE, n_in=2)
     return keep(out_BTD, OUTPUT), new_cache
+
+
+def _written(cache, segments_BT, positions_BT, k_BTKH, v_BTKH):
+    """The keys and values of a cache with those of new tokens at their places."""
+    k_cache, v_cache, _ = cache
+    rows = jnp.arange(len(positions_BT))[:, None]
+    # Padding is written nowhere: its slot is past the end.
+    at_BT = jnp.where(segments_BT > 0, positions_BT, k_cache.shape[1])
+    k_cache = k_cache.at[rows, at_BT].set(k_BTKH.astype(k_cache.dtype), mode="drop")
+    v_cache = v_cache.at[rows, at_BT].set(v_BTKH.astype(v_cache.dtype), mode="drop")
+    return k_cache, v_cache
 
 
 def _after(cache, length_B, k_BSKH, v_BSKH, follows_BTS):

@@ -48,6 +48,10 @@ class RouterConfig:
     fallback: bool = False
 
 
+# Of `ModelConfig`: keys that the first models did not have.
+LATER_KEYS = ("expert_rank", "expert_norms", "expert_head")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a model: an OLMo 2 block with a mixture of full-size FFNs (paper section 3).
@@ -61,6 +65,10 @@ class ModelConfig:
       tied_embeddings: the unembedding is the embedding.
       n_slots: capacity of the expert axis, the public expert (slot 0) included.
       n_active: experts used per token, at most `n_slots`.
+      expert_rank: rank of what an expert adds to every attention projection (see `adapters`); 0
+        is the paper, where an expert is FFNs and router rows alone.
+      expert_norms: whether an expert adds to the scales of both norms of a layer.
+      expert_head: rank of what an expert adds to the unembedding; 0 is none.
     """
 
     vocab_size: int
@@ -78,6 +86,9 @@ class ModelConfig:
     tied_embeddings: bool = False
     n_slots: int = 1
     n_active: int = 1
+    expert_rank: int = 0
+    expert_norms: bool = False
+    expert_head: int = 0
     router: RouterConfig = RouterConfig()
 
     def __post_init__(self) -> None:
@@ -95,6 +106,12 @@ class ModelConfig:
                 got=self.d_head,
                 where="ModelConfig.d_head",
             )
+        if min(self.expert_rank, self.expert_head) < 0:
+            raise ConfigError(
+                "A rank is a whole number from 0",
+                got=f"expert_rank={self.expert_rank}, expert_head={self.expert_head}",
+                where="ModelConfig",
+            )
         if self.n_active > self.n_slots:
             raise ConfigError(
                 "More active experts than slots",
@@ -108,8 +125,14 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """A dict that `from_dict(ModelConfig, …)` reads back."""
-        return dataclasses.asdict(self)
+        """A dict that `from_dict(ModelConfig, …)` reads back.
+
+        A key that came later is left out where it holds its default, so that files and digests of
+        models that do without it stay what they were.
+        """
+        fields = {f.name: f.default for f in dataclasses.fields(self)}
+        content = dataclasses.asdict(self)
+        return {k: v for k, v in content.items() if k not in LATER_KEYS or v != fields[k]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,17 +306,19 @@ class RunConfig:
 
     Attributes:
       stage: "anchor" trains every weight of a dense model; "expert" trains one FFN stack with its
-        router rows and biases beside the frozen anchor; "router" trains the router rows and biases
+        router rows and biases beside the frozen anchor; "rows" trains those rows and biases alone,
+        of an expert that is finished; "router" trains the router rows and biases
         of a stitched model; "joint" trains every weight of a mixture.
       model: the architecture, where a stage starts from drawn weights; with `anchor` it must be
         empty (None), since it is that of the model which `anchor` names.
       anchor: model directory that the stage starts from: the anchor of an expert, the stitched
         model of a router; "anchor" and "joint" go on with the weights of one, or draw new ones.
-      expert_id: slug of the owner's expert (stage "expert").
+      expert_id: slug of the owner's expert (stages "expert" and "rows").
+      expert: slice directory of the finished expert whose rows are trained (stage "rows").
       tokenizer: tokenizer.json of the data, where no `anchor` brings one.
     """
 
-    stage: Literal["anchor", "expert", "router", "joint"] = "anchor"
+    stage: Literal["anchor", "expert", "rows", "router", "joint"] = "anchor"
     model: ModelConfig | None = None
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -301,6 +326,7 @@ class RunConfig:
     router_init: RouterInitConfig = RouterInitConfig()
     anchor: str = ""
     expert_id: str = ""
+    expert: str = ""
     tokenizer: str = ""
     seed: int = 0
     log_every: int = 10
@@ -310,7 +336,7 @@ class RunConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        if self.exec.capacity and self.stage in ("anchor", "expert"):
+        if self.exec.capacity and self.stage in ("anchor", "expert", "rows"):
             raise ConfigError(
                 "A capacity drops assignments to full slots; in this stage every token uses every "
                 "slot, and none can be full",
@@ -318,7 +344,7 @@ class RunConfig:
                 where="exec.capacity",
                 fix="leave it at 0",
             )
-        if self.anchor or self.stage in ("expert", "router"):
+        if self.anchor or self.stage in ("expert", "rows", "router"):
             self._check_later_stage()
         elif self.model is None or not self.tokenizer:
             raise ConfigError(
@@ -334,21 +360,29 @@ class RunConfig:
             )
 
     def _check_later_stage(self) -> None:
-        if not self.anchor or (self.stage == "expert" and not self.expert_id):
+        owner = self.stage in ("expert", "rows")
+        if not self.anchor or (owner and not self.expert_id):
             raise ConfigError(
                 "An expert job needs an anchor and an expert id"
-                if self.stage == "expert"
+                if owner
                 else "Router tuning needs a stitched model",
                 got=f"anchor={self.anchor!r}, expert_id={self.expert_id!r}",
                 fix="set --config.anchor and --config.expert_id",
             )
         named = EXPERT_ID.fullmatch(self.expert_id) and self.expert_id != "public"
-        if self.stage == "expert" and not named:
+        if owner and not named:
             raise ConfigError(
                 "Not a name for an expert",
                 got=repr(self.expert_id),
                 expected="lower-case letters, digits, '-' and '_', and not 'public'",
                 where="RunConfig.expert_id",
+            )
+        if (self.stage == "rows") != bool(self.expert):
+            raise ConfigError(
+                'Stage "rows" starts from a finished expert, and no other stage does',
+                got=f"expert={self.expert!r} in stage {self.stage!r}",
+                expected="a slice directory in stage rows, else nothing",
+                where="RunConfig.expert",
             )
         if self.model is not None:
             raise ConfigError(

@@ -89,7 +89,7 @@ def score_batch(
         allowed_BE=allowed_BE,
         n_active=n_active,
     )
-    nll_BT, _ = loss.token_losses(config, run, shared, out.hidden_BTD, batch["targets"])
+    nll_BT, _ = loss.token_losses(config, run, shared, out.hidden_BTD, batch["targets"], groups)
     mask_BT = batch["loss_mask"]
     share = out.combine_LBTE / jnp.maximum(jnp.sum(out.combine_LBTE, -1, keepdims=True), 1e-30)
     kept = mask_BT[None, ..., None]

@@ -9,6 +9,7 @@ and a *tuple* of groups, so that the expert stage can pass a frozen and a traina
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flexolmo_jax import block, layers, moe, remat, tree
+from flexolmo_jax import adapters, block, layers, moe, remat, tree
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.runtime import Runtime
 from flexolmo_jax.sharding import constrain
@@ -96,6 +97,8 @@ class Experts(nnx.Module):
         self.w_down = _param(rngs, (L, E, F, D), EXPERT_AXES["w_down"])
         self.router = _param(rngs, (L, E, D), EXPERT_AXES["router"], fill=0.0)
         self.bias = _param(rngs, (L, E), EXPERT_AXES["bias"], fill=NO_BIAS)
+        for name, (shape, axes) in adapters.shapes(c).items():
+            setattr(self, name, _param(rngs, shape, axes, fill=0.0))
 
 
 class FlexOlmo(nnx.Module):
@@ -111,7 +114,7 @@ class FlexOlmo(nnx.Module):
         params = nnx.to_pure_dict(nnx.state(self))
         run = kwargs.pop("runtime", Runtime(dispatch="dense"))
         out = forward(self.config, run, params["shared"], (params["experts"],), tokens_BT, **kwargs)
-        return unembed(self.config, params["shared"], out.hidden_BTD)
+        return unembed(self.config, params["shared"], out.hidden_BTD, (params["experts"],))
 
 
 def abstract_params(config: ModelConfig) -> tree.Tree:
@@ -159,7 +162,8 @@ class Output:
     """What `forward` returns.
 
     Attributes:
-      hidden_BTD: after the final norm; `unembed` turns it into logits.
+      hidden_BTD: after the final norm, and what experts add to the unembedding makes of it;
+        `unembed` turns it into logits.
       router_logits_LBTE: before selection and softmax, expert bias included, float32.
       combine_LBTE: combine weight of every slot, 0 where it is not active.
       residual_LBTD: input of the mixture per layer, only with `keep_residual`.
@@ -232,40 +236,64 @@ def forward(
         keep_residual=keep_residual,
         training=training,
     )
-    embedding_VD = jnp.asarray(shared["embed"]["embedding"], run.compute_dtype)
-    x_BTD = embedding_VD.at[tokens_BT].get(mode="clip")
-    x_BTD = constrain(x_BTD, run.mesh, "batch", "seq", "embed")
+    x_BTD = _embedded(run, shared, tokens_BT)
     layer_cache = None if cache is None else (cache.k, cache.v, cache.router_sum)
     over_layers = jax.lax.scan if isinstance(shared["layers"], dict) else _one_by_one
-    x_BTD, (logits, combine, residual, drops, layer_cache) = over_layers(
-        remat.remat(one_layer, run.remat), x_BTD, (shared["layers"], tuple(groups), layer_cache)
+    gate_BTE = adapters.first_gate(config, (*tokens_BT.shape, n_slots))
+    (x_BTD, _), (logits, combine, residual, drops, layer_cache) = over_layers(
+        remat.remat(one_layer, run.remat),
+        (x_BTD, gate_BTE),
+        (shared["layers"], adapters.layered(groups), layer_cache),
     )
     if cache is not None and branch_end_BT is None:
         length_B = cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
         cache = Cache(*layer_cache, length_B)
     hidden_BTD = layers.rms_norm(x_BTD, shared["final_norm"], config.norm_eps)
+    if config.expert_head:
+        hidden_BTD = adapters.widened(groups, hidden_BTD, combine[-1])
     return Output(hidden_BTD, logits, combine, residual, drops, cache)
 
 
-def unembedding(config: ModelConfig, shared: tree.Tree) -> jax.Array:
-    """The matrix [D, V] from hidden states to logits."""
-    return shared["embed"]["embedding"].T if config.tied_embeddings else shared["unembed"]
+def _embedded(run: Runtime, shared: tree.Tree, tokens_BT: jax.Array) -> jax.Array:
+    embedding_VD = jnp.asarray(shared["embed"]["embedding"], run.compute_dtype)
+    x_BTD = embedding_VD.at[tokens_BT].get(mode="clip")
+    return constrain(x_BTD, run.mesh, "batch", "seq", "embed")
 
 
-def logits(hidden_BTD: jax.Array, w_DV: jax.Array) -> jax.Array:
-    """Logits [B, T, V] in float32."""
+def unembedding(
+    config: ModelConfig, shared: tree.Tree, groups: Sequence[Any] = ()
+) -> tuple[jax.Array, ...]:
+    """The matrix [D, V] from hidden states to logits, and below it what experts add to it."""
+    w_DV = shared["embed"]["embedding"].T if config.tied_embeddings else shared["unembed"]
+    added_RV = adapters.head(groups) if config.expert_head else None
+    return (w_DV,) if added_RV is None else (w_DV, added_RV)
+
+
+def logits(hidden_BTD: jax.Array, weights: Sequence[jax.Array]) -> jax.Array:
+    """Logits [B, T, V] in float32.
+
+    Args:
+      weights: of `unembedding`; apart, so that a frozen one needs no gradient.
+    """
+    ends = list(itertools.accumulate(len(w) for w in weights))
     with jax.named_scope("unembed"):
-        return jnp.einsum(
-            "BTD,DV->BTV",
-            hidden_BTD,
-            w_DV.astype(hidden_BTD.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        parts = [
+            jnp.einsum(
+                "BTD,DV->BTV",
+                hidden_BTD[..., end - len(w_DV) : end],
+                w_DV.astype(hidden_BTD.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            for w_DV, end in zip(weights, ends, strict=True)
+        ]
+        return functools.reduce(jnp.add, parts)
 
 
-def unembed(config: ModelConfig, shared: tree.Tree, hidden_BTD: jax.Array) -> jax.Array:
-    """Logits [B, T, V] in float32."""
-    return logits(hidden_BTD, unembedding(config, shared))
+def unembed(
+    config: ModelConfig, shared: tree.Tree, hidden_BTD: jax.Array, groups: Sequence[Any] = ()
+) -> jax.Array:
+    """Logits [B, T, V] in float32; `groups` only matter where experts add to the unembedding."""
+    return logits(hidden_BTD, unembedding(config, shared, groups))
 
 
 def split_layers(
@@ -286,7 +314,8 @@ def split_layers(
         return {
             name: slot_matrices(leaf[i]) if name in moe.WEIGHTS else leaf[i]
             for name, leaf in group.items()
-        }
+            if name not in adapters.HEAD
+        } | {name: leaf for name, leaf in group.items() if name in adapters.HEAD and i == 0}
 
     layers_ = [jax.tree.map(operator.itemgetter(i), shared["layers"]) for i in range(n_layers)]
     experts = tuple([group_layer(group, i) for i in range(n_layers)] for group in groups)
@@ -294,17 +323,17 @@ def split_layers(
     return {**shared, "layers": layers_}, experts, Cache(*parts, cache.length_B)
 
 
-def _one_by_one(one_layer, x_BTD, layers_in):
+def _one_by_one(one_layer, carry, layers_in):
     """`jax.lax.scan` over what `split_layers` returns."""
     shared_layers, groups, cache = layers_in
     outs = []
     for i, layer in enumerate(shared_layers):
         inputs = (layer, tuple(g[i] for g in groups), tuple(leaf[i] for leaf in cache))
-        x_BTD, out = one_layer(x_BTD, inputs)
+        carry, out = one_layer(carry, inputs)
         outs.append(out)
     logits, combine, _, _, caches = zip(*outs, strict=True)
     cache = tuple(list(leaves) for leaves in zip(*caches, strict=True))
-    return x_BTD, (jnp.stack(logits), jnp.stack(combine), None, None, cache)
+    return carry, (jnp.stack(logits), jnp.stack(combine), None, None, cache)
 
 
 def _branch_mask(branch_end_BT: jax.Array) -> jax.Array:

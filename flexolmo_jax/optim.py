@@ -14,7 +14,8 @@ RULES: list[tuple[str, tuple[bool, bool]]] = [
     (r"(.*/)?(router|bias)", (False, True)),
     (r"(.*/)?embedding", (False, False)),
     (r"(.*/)?\w*norm", (False, False)),
-    (r"(.*/)?(w_\w+|unembed)", (True, False)),
+    (r"(.*/)?\w*_scale", (False, False)),
+    (r"(.*/)?(w_\w+|unembed|[qkvo]_[ab]|head_[ab])", (True, False)),
 ]
 
 

@@ -14,7 +14,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flexolmo_jax import compiler, evaluate, model, optim, sample, sharding, stages, step, tree
+from flexolmo_jax import (
+    adapters,
+    compiler,
+    evaluate,
+    model,
+    optim,
+    sample,
+    sharding,
+    stages,
+    step,
+    tree,
+)
 from flexolmo_jax.config import DataConfig, ExecConfig, ModelConfig, RunConfig
 from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.mesh import BATCH_AXES
@@ -177,7 +188,7 @@ def weights(
     stage: str, config: ModelConfig, grid: Mesh, compute_dtype: str
 ) -> tuple[tree.Tree, tree.Tree]:
     """Abstract (trainable, frozen) leaves of a stage: float32, and the dtypes they are used in."""
-    one = config.replace(n_slots=1, n_active=1) if stage == "expert" else config
+    one = config.replace(n_slots=1, n_active=1) if stage in stages.OWN_STAGES else config
     shapes, axes = model.abstract_params(one), model.param_axes(one)
     (trainable, frozen), (trained_axes, frozen_axes) = (
         stages.split(stage, part) for part in (shapes, axes)
@@ -193,7 +204,8 @@ def weights(
 
 def frozen_dtype(name: str, compute_dtype: str) -> Any:
     """Matmul weights in compute dtype; norms, router and bias stay float32, as they are used."""
-    matmul = name.split("/")[-1].startswith(("w_", "unembed", "embedding"))
+    leaf = name.split("/")[-1]
+    matmul = leaf.startswith(("w_", "unembed", "embedding")) or leaf in adapters.MATRICES
     return jnp.dtype(compute_dtype if matmul else "float32")
 
 

@@ -172,7 +172,7 @@ def advance(
     # The last real token of each row speaks next; padding stands behind it.
     last_B = jnp.maximum(jnp.sum(segments_BT > 0, axis=1) - 1, 0)
     hidden_BD = jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], axis=1)
-    logits_BV = model.unembed(config, shared, hidden_BD)[:, 0]
+    logits_BV = model.unembed(config, shared, hidden_BD, groups)[:, 0]
     return logits_BV, jnp.sum(served, axis=2).swapaxes(0, 1), out.cache
 
 

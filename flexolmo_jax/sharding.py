@@ -28,6 +28,7 @@ PARAM_RULES: dict[str, MeshAxes] = {
     "ffn": "model",
     "vocab": "model",
     "norm": None,
+    "rank": None,
 }
 # Activations: the batch takes the axes that hold different data, features stay whole.
 ACTIVATION_RULES: dict[str, MeshAxes] = {

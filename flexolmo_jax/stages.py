@@ -6,6 +6,8 @@ of the first only, and the second has no optimizer state and no float32 copy.
 
   anchor   trains every weight of a dense model; its router row and bias are not used yet.
   expert   trains one expert (FFN stack, router rows, biases) beside the frozen anchor.
+  rows     trains the router rows and biases of one finished expert beside the frozen anchor: no
+           other owner's row has a say in it, so that leaving stays exact.
   router   trains the router rows and biases of a stitched model, all of them together.
   joint    trains every weight of a mixture but its biases: the unrestricted mixture, which sees
            everybody's text and so is what independent experts are compared with.
@@ -14,15 +16,18 @@ of the first only, and the second has no optimizer state and no float32 copy.
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax import model, moe, router, tree
+from flexolmo_jax import adapters, model, moe, router, tree
 from flexolmo_jax.config import ModelConfig
 
-STAGES = ("anchor", "expert", "router", "joint")
+STAGES = ("anchor", "expert", "rows", "router", "joint")
+# Stages of one owner alone: two slots, both always active.
+OWN_STAGES = ("expert", "rows")
 ROUTER_LEAVES = ("router", "bias")
 # What of a group trains, in the stages that hold one; a bias that does not keeps its constant.
 TRAINED = {
     "anchor": moe.WEIGHTS,
     "joint": (*moe.WEIGHTS, "router"),
+    "rows": ROUTER_LEAVES,
     "router": ROUTER_LEAVES,
 }
 
@@ -30,33 +35,39 @@ TRAINED = {
 def split(stage: str, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
     """(trainable, frozen) leaves; in stage "anchor" the router has no gradient.
 
-    Stage "expert" takes the anchor's parameters, whose FFN is the start of the expert's.
+    Stages "expert" and "rows" take the anchor's parameters, whose slot stands for the expert's too.
     """
     group = params["experts"]
     if stage == "expert":
         return {"expert": group}, {"shared": params["shared"], "public": group}
     trained = {name: leaf for name, leaf in group.items() if name in TRAINED[stage]}
     kept = {name: leaf for name, leaf in group.items() if name not in TRAINED[stage]}
+    if stage == "rows":
+        return {"expert": trained}, {"shared": params["shared"], "public": group, "expert": kept}
     if stage == "router":
         return {"experts": trained}, {"shared": params["shared"], "experts": kept}
     return {"shared": params["shared"], "experts": trained}, {"experts": kept}
 
 
 def join(trainable: tree.Tree, frozen: tree.Tree) -> tree.Tree:
-    """Exact inverse of `split`, but for stage "expert"."""
+    """Exact inverse of `split`, but for the stages of one owner."""
     experts = {**trainable["experts"], **frozen["experts"]}
     return {"shared": {**trainable, **frozen}["shared"], "experts": experts}
 
 
-def upcycle(anchor: tree.Tree, router_LD: jax.Array, bias: float) -> tree.Tree:
+def upcycle(
+    anchor: tree.Tree, router_LD: jax.Array, bias: float, key: jax.Array | None = None
+) -> tree.Tree:
     """The expert that training starts from: a float32 copy of the public FFN with its own row.
 
     Args:
       router_LD: where the router rows start (see `experts.router_init`).
       bias: raw bias of every layer; the effective bias is -softplus of it.
+      key: draws what additions to attention start from; by default seed 0.
     """
     public = anchor["experts"]
     expert = {name: jnp.asarray(public[name], jnp.float32) for name in public}
+    expert = adapters.drawn(expert, jax.random.key(0) if key is None else key)
     expert["router"] = jnp.asarray(router_LD, jnp.float32)[:, None, :]
     expert["bias"] = jnp.full_like(expert["bias"], bias)
     return expert
@@ -64,10 +75,15 @@ def upcycle(anchor: tree.Tree, router_LD: jax.Array, bias: float) -> tree.Tree:
 
 def assemble(stage: str, trainable: tree.Tree, frozen: tree.Tree) -> tuple[tree.Tree, tuple]:
     """(shared weights, expert groups) that `model.forward` takes, public expert first."""
-    if stage == "expert":
-        return frozen["shared"], (frozen["public"], trainable["expert"])
+    if stage in OWN_STAGES:
+        return frozen["shared"], (frozen["public"], own_expert(trainable, frozen))
     params = join(trainable, frozen)
     return params["shared"], (params["experts"],)
+
+
+def own_expert(trainable: tree.Tree, frozen: tree.Tree) -> tree.Tree:
+    """The whole expert of an owner, trained and frozen leaves together."""
+    return {**frozen.get("expert", {}), **trainable["expert"]}
 
 
 def allowed(frozen: tree.Tree, rows: int) -> jax.Array | None:
@@ -78,7 +94,7 @@ def allowed(frozen: tree.Tree, rows: int) -> jax.Array | None:
 
 def stage_model(stage: str, config: ModelConfig) -> ModelConfig:
     """The architecture that a stage runs: two slots, both active, while an expert trains."""
-    slots = {"anchor": 1, "expert": 2}.get(stage)
+    slots = {"anchor": 1, "expert": 2, "rows": 2}.get(stage)
     return config.replace(n_slots=slots, n_active=slots) if slots else config
 
 
@@ -99,10 +115,13 @@ def flops_per_token(config: ModelConfig, stage: str, seq_len: int) -> float:
     attention = tree.count(
         {k: v for k, v in tree.flatten(abstract["shared"]["layers"]).items() if "w_" in k}
     )
+    added = adapters.size(config)
     score = 2.0 * config.n_layers * seq_len * config.n_heads * config.d_head
-    if stage == "expert":
-        return 4.0 * (2 * ffn + attention + unembed) + 2.0 * ffn + 3.0 * score
-    used = stage_model(stage, config).n_active * ffn + attention + unembed
+    if stage in OWN_STAGES:
+        whole, trained = 2 * ffn + attention + unembed + added, ffn + added
+        return 4.0 * whole + (2.0 * trained if stage == "expert" else 0.0) + 3.0 * score
+    n_active = stage_model(stage, config).n_active
+    used = n_active * ffn + (n_active - 1) * added + attention + unembed
     if stage == "eval":
         return 2.0 * used + score
     return (4.0 if stage == "router" else 6.0) * used + 3.0 * score
@@ -113,14 +132,14 @@ def router_metrics(
 ) -> dict[str, jax.Array]:
     """Sums over tokens of what the router's losses and metrics are made of.
 
-    Every stage with a router has its z-loss; "expert" adds the label loss and the weight of the
-    own expert, the stages of many experts their load balance.
+    Every stage with a router has its z-loss; those of one owner add the label loss and the weight
+    of the own expert, the stages of many experts their load balance.
     """
     logits = out.router_logits_LBTE
     z_LBT = jnp.square(jax.nn.logsumexp(logits, axis=-1))
     sums = {"router_z": jnp.sum(jnp.where(mask_BT, jnp.mean(z_LBT, axis=0), 0.0))}
     tokens = jnp.sum(mask_BT)
-    if stage != "expert":
+    if stage not in OWN_STAGES:
         balance = router.load_balance(logits, out.combine_LBTE > 0, mask_BT)
         return sums | {"load_balance": balance * tokens}
     share_LBT = out.combine_LBTE[..., logits.shape[-1] - 1]

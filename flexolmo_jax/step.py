@@ -35,7 +35,7 @@ def loss_sums(
         allowed_BE=stages.allowed(frozen, len(batch["tokens"])),
         training=True,
     )
-    nll_BT, z_BT = loss.token_losses(config, run, shared, out.hidden_BTD, batch["targets"])
+    nll_BT, z_BT = loss.token_losses(config, run, shared, out.hidden_BTD, batch["targets"], groups)
     mask_BT = batch["loss_mask"]
     sums = {
         "nll": jnp.sum(jnp.where(mask_BT, nll_BT, 0.0)),

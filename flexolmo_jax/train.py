@@ -355,7 +355,8 @@ def _finish(
         params = placed.fetch(params)
     package.write_final(
         workdir,
-        stage=config.stage,
+        # What ends is an expert, whether all of it was trained or its rows alone.
+        stage="expert" if config.stage in stages.OWN_STAGES else config.stage,
         params=params,
         config=j.anchor.config if j.anchor else j.model,
         tokenizer_path=j.tokenizer,
@@ -380,13 +381,13 @@ def _final_params(j: training_job.TrainingJob, params: tree.Tree) -> tree.Tree:
     config = j.config
     if config.stage == "router":
         return params["experts"]
-    if config.stage != "expert":
+    if config.stage not in stages.OWN_STAGES:
         params = stages.join(params, j.frozen)
         if config.stage == "anchor" and not config.anchor:
             row_LD = router_init.public_row(config, j.model)
             params["experts"]["router"] = row_LD[:, None, :]
         return params
-    expert = params["expert"]
+    expert = stages.own_expert(params, j.frozen)
     if config.router_init.recalibrate:
         frozen = j.frozen
         expert = router_init.recalibrate(
@@ -409,5 +410,14 @@ def _recipe(j: training_job.TrainingJob) -> dict[str, Any]:
         "seq_len": config.data.seq_len,
         "batch_rows": config.data.batch_rows,
         "public_share": sum(public) / total,
-        **({"starts_from": j.anchor.model_digest} if config.stage != "expert" and j.anchor else {}),
+        **_starts_from(j),
     }
+
+
+def _starts_from(j: training_job.TrainingJob) -> dict[str, Any]:
+    """What the trained weights were before, where that is no new expert's anchor."""
+    if j.config.stage == "rows":
+        return {"rows_of": slices.read_slice_info(j.config.expert)[0].digest}
+    if j.anchor is None or j.config.stage == "expert":
+        return {}
+    return {"starts_from": j.anchor.model_digest}

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from flexolmo_jax import distributed, mesh, model, optim, placed, programs, stages, tree
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.data import tokenize
-from flexolmo_jax.errors import ConfigError
+from flexolmo_jax.errors import ConfigError, RefusedError
 from flexolmo_jax.experts import model_dir, model_info, router_init
+from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.runtime import Runtime
 
 logger = logging.getLogger("flexolmo")
@@ -33,7 +34,7 @@ class TrainingJob:
       initial: makes the initial trainable leaves, placed on the mesh.
       tokenizer: path of tokenizer.json.
       anchor: what the directory that the stage starts from says of itself, if it starts from one.
-      slice_dtypes: leaf name to dtype of the anchor's public slice (stage "expert").
+      slice_dtypes: leaf name to dtype of the anchor's public slice (stages of one owner).
     """
 
     config: RunConfig
@@ -94,8 +95,8 @@ def build(config: RunConfig) -> TrainingJob:
     e = config.exec
     with distributed.together("laying out the mesh"):
         grid = mesh.make_mesh(e.mesh_data, e.mesh_expert, e.mesh_model)
-    if config.stage == "expert":
-        return _expert_job(config, grid)
+    if config.stage in stages.OWN_STAGES:
+        return _own_job(config, grid)
     return _continued_job(config, grid) if config.anchor else _new_model_job(config, grid)
 
 
@@ -144,32 +145,78 @@ def _drawn(config: ModelConfig, stage: str, key: jax.Array) -> tree.Tree:
     return params
 
 
-def _expert_job(config: RunConfig, grid: Mesh) -> TrainingJob:
+def _own_job(config: RunConfig, grid: Mesh) -> TrainingJob:
+    """Stages of one owner beside the frozen anchor: a new expert, or the rows of a finished one."""
     info, program = _start(config, grid)
-
-    def initial() -> tree.Tree:
-        # Read once more, or a run that resumes would hold weights that it does not need.
-        anchor = _load(config, program)
-        router_LD = router_init.expert_row(config, info.config, anchor)
-        places = programs.shardings(program.arguments["state"]["params"])
-
-        def copy(group: tree.Tree, row_LD: jax.Array) -> tree.Tree:
-            return {"expert": stages.upcycle({"experts": group}, row_LD, config.router_init.bias)}
-
-        return jax.jit(copy, out_shardings=places)(anchor["experts"], router_LD)
-
     anchor = _load(config, program)
     dtypes = {name: leaf.dtype for name, leaf in anchor["experts"].items()}
-    frozen = _cast(stages.split("expert", anchor)[1], program.arguments["frozen"])
+    if config.stage == "rows":
+        with distributed.together("loading the expert"):
+            group = _finished_expert(config, info)
+        trained, kept = stages.split("rows", {**anchor, "experts": group})
+        frozen = {**kept, "public": anchor["experts"]}
+        places = programs.shardings(program.arguments)
+
+        def initial() -> tree.Tree:
+            return _put(trained, places["state"]["params"])
+
+        frozen["expert"] = _put(frozen["expert"], places["frozen"]["expert"])
+    else:
+        frozen, initial = stages.split("expert", anchor)[1], _new_expert(config, info, program)
     return _job(
         config,
         program,
-        frozen=frozen,
+        frozen=_cast(frozen, program.arguments["frozen"]),
         initial=initial,
         tokenizer=info.tokenizer_path,
         anchor=info,
         slice_dtypes=dtypes,
     )
+
+
+def _finished_expert(config: RunConfig, info: model_info.ModelInfo) -> tree.Tree:
+    """The slice that `config.expert` names as a group of one slot, in NumPy arrays.
+
+    Raises:
+      RefusedError: damaged, or made for another anchor.
+      ConfigError: the expert of another id.
+    """
+    piece, leaves = slices.read_slice(config.expert)
+    problems = model_info.belongs_problems(info, piece)
+    if problems:
+        raise RefusedError(f"{config.expert} does not belong to {info.path}", problems)
+    if piece.expert != config.expert_id:
+        raise ConfigError(
+            "The slice is that of another expert",
+            got=config.expert_id,
+            expected=piece.expert,
+            where="RunConfig.expert_id",
+        )
+    return tree.map_named(lambda _, leaf: leaf[:, None], leaves)
+
+
+def _put(leaves: tree.Tree, places: tree.Tree) -> tree.Tree:
+    """Arrays of this host, which all hosts have alike, on the mesh and float32 as they train."""
+    return jax.tree.map(lambda leaf, s: placed.put(np.float32(leaf), s), leaves, places)
+
+
+def _new_expert(
+    config: RunConfig, info: model_info.ModelInfo, program: programs.Program
+) -> Callable[[], tree.Tree]:
+    def initial() -> tree.Tree:
+        # Read once more, or a run that resumes would hold weights that it does not need.
+        anchor = _load(config, program)
+        router_LD = router_init.expert_row(config, info.config, anchor)
+        places = programs.shardings(program.arguments["state"]["params"])
+        key = jax.random.key(config.seed)
+
+        def copy(group: tree.Tree, row_LD: jax.Array) -> tree.Tree:
+            start = {"experts": group}
+            return {"expert": stages.upcycle(start, row_LD, config.router_init.bias, key)}
+
+        return jax.jit(copy, out_shardings=places)(anchor["experts"], router_LD)
+
+    return initial
 
 
 def _continued_job(config: RunConfig, grid: Mesh) -> TrainingJob:
@@ -208,7 +255,7 @@ def _check_start(config: RunConfig, info: model_info.ModelInfo) -> None:
             where=config.anchor,
             fix="stitch one with flexolmo stitch",
         )
-    if config.stage in ("anchor", "expert") and not info.is_anchor:
+    if config.stage in ("anchor", *stages.OWN_STAGES) and not info.is_anchor:
         raise ConfigError(
             f"Stage {config.stage!r} starts from an anchor",
             got=f"a model with {', '.join(info.slots)}",
@@ -227,7 +274,7 @@ def _check_start(config: RunConfig, info: model_info.ModelInfo) -> None:
 def _load(config: RunConfig, program: programs.Program) -> tree.Tree:
     """That model with each leaf read straight to its place, in the dtype that it is stored in."""
     state, frozen = program.arguments["state"]["params"], program.arguments["frozen"]
-    if config.stage == "expert":  # Both halves start from one group.
+    if config.stage in stages.OWN_STAGES:  # Both experts have the leaves of one group.
         places = {"shared": frozen["shared"], "experts": frozen["public"]}
     else:
         places = stages.join(state, frozen)

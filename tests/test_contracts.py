@@ -42,7 +42,7 @@ LEVELS = (
     ("placed",),
     ("remat", "compiler"),
     ("layers", "router"),
-    ("moe", "moe_kernels", "moe_parallel", "attention", "splash", "grouped"),
+    ("moe", "moe_kernels", "moe_parallel", "adapters", "attention", "splash", "grouped"),
     ("runtime",),
     ("block",),
     ("model",),

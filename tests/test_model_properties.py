@@ -46,7 +46,8 @@ def apply(config, dispatch, params, tokens, segments, allowed):
         segments_BT=segments,
         allowed_BE=allowed,
     )
-    return model.unembed(config, params["shared"], out.hidden_BTD), out.combine_LBTE
+    groups = (params["experts"],)
+    return model.unembed(config, params["shared"], out.hidden_BTD, groups), out.combine_LBTE
 
 
 _compiled = jax.jit(apply, static_argnums=(0, 1))
@@ -294,6 +295,13 @@ def test_a_denied_slot_may_hold_anything_where_public_takes_the_rest(dispatch):
     check_denial(dispatch, [np.nan, 0.0], context="document", fallback=True)
 
 
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_a_denied_slot_may_hold_anything_beyond_its_ffn(placement):
+    """Mutations: `adapters.project` without its last selection; `adapters.scale` without any."""
+    more = {"expert_rank": 2, "expert_norms": True, "expert_head": 2, "norm_placement": placement}
+    check_denial("dense", [*NON_FINITE, 0.0], context="document", **more)
+
+
 @few
 @hypothesis.given(
     hnp.arrays(bool, (3, SLOTS)).filter(lambda a: a.any(axis=1).all()), st.integers(0, SLOTS - 1)
@@ -327,10 +335,15 @@ def others(grads, slot):
     return tree.flatten({"shared": grads["shared"], "experts": experts})
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"expert_rank": 2, "expert_norms": True, "expert_head": 2}], ids=str
+)
 @pytest.mark.parametrize("dispatch", ["dense", "blocked"])
-def test_a_slot_that_all_rows_deny_changes_no_gradient(dispatch):
-    """Mutations: `router_ED` of unused slots not cleared; `_dense` without the inner `where`."""
-    config, params, tokens, segments = setup(norm_placement="pre", n_active=3)
+def test_a_slot_that_all_rows_deny_changes_no_gradient(dispatch, more):
+    """Mutations: `router_ED` of unused slots not cleared; `_dense` without the inner `where`; what
+    an expert adds to attention multiplied by its weight before it is selected.
+    """
+    config, params, tokens, segments = setup(norm_placement="pre", n_active=3, **more)
     allowed, rows = np.array([[1, 1, 0, 1]] * 3, bool), np.ones(3, bool)
     args = (tokens, segments, allowed, rows)
     clean = others(gradients(config, dispatch, params, *args), 2)
@@ -368,9 +381,14 @@ def test_more_active_than_allowed_clamps(dispatch):
     assert ((combine > 0).sum(axis=-1) == 2).all()
 
 
-def test_only_the_public_expert_left_is_the_anchor():
-    """Mutation: softmax over all slots (pre-norm: the sum of the weights shows)."""
-    config, params, tokens, segments = setup(norm_placement="pre", n_active=2)
+@pytest.mark.parametrize(
+    "more", [{}, {"expert_rank": 2, "expert_norms": True, "expert_head": 2}], ids=str
+)
+def test_only_the_public_expert_left_is_the_anchor(more):
+    """Mutations: softmax over all slots (pre-norm: the sum of the weights shows); `adapters` that
+    reads slot 0.
+    """
+    config, params, tokens, segments = setup(norm_placement="pre", n_active=2, **more)
     allowed = np.array([[1, 0, 0, 0]] * 3, bool)
     got, _ = run(config, "dense", params, tokens, segments, allowed)
     anchor = with_experts(params, lambda _, leaf: leaf[:, :1])

@@ -180,6 +180,29 @@ CASES = {
         cases.config_with(context="document", norm_placement="pre", fallback=True),
         "some",
     ),
+    "experts add to attention": (cases.config_with(expert_rank=3), None),
+    "experts add to all, all active": (
+        cases.config_with(expert_rank=2, expert_norms=True, expert_head=3, n_active=4),
+        None,
+    ),
+    "experts add to norms, pre": (
+        cases.config_with(expert_norms=True, norm_placement="pre"),
+        None,
+    ),
+    "experts add to a tied unembedding": (
+        cases.config_with(expert_head=2, tied_embeddings=True, context="document"),
+        None,
+    ),
+    "rows deny experts that add, document": (
+        cases.config_with(
+            expert_rank=3,
+            expert_norms=True,
+            expert_head=2,
+            norm_placement="pre",
+            context="document",
+        ),
+        "some",
+    ),
     "public only, k clamps": (cases.config_with(n_active=4, norm_placement="pre"), "public"),
 }
 
@@ -213,7 +236,7 @@ def run_model(config, dispatch, params, tokens, segments, allowed):
         allowed_BE=allowed,
         keep_residual=True,
     )
-    return model.unembed(config, params["shared"], out.hidden_BTD), out
+    return model.unembed(config, params["shared"], out.hidden_BTD, (params["experts"],)), out
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -237,8 +260,13 @@ def test_model_equals_the_reference(case, dispatch):
         # The mixture reads the raw residual stream: what the block adds after it is normed.
         last = params["shared"]["final_norm"]
         hidden = ref.rms_norm(states[-1], last.astype(float), config.norm_eps)
-        np.testing.assert_allclose(np.asarray(out.hidden_BTD)[real], hidden[real], atol=LOGITS_GATE)
+        got = np.asarray(out.hidden_BTD)[..., : config.d_model]
+        np.testing.assert_allclose(got[real], hidden[real], atol=LOGITS_GATE)
     np.testing.assert_allclose(np.asarray(got_logits)[real], logits[real], atol=LOGITS_GATE, rtol=0)
+
+
+def batch_of(batch):
+    return batch["tokens"], batch["segments"]
 
 
 def test_the_cases_tell_the_switches_apart():
@@ -257,6 +285,11 @@ def test_the_cases_tell_the_switches_apart():
         assert np.abs(other - logits).max() > 100 * LOGITS_GATE, changes
     joined, _, _ = ref.forward(base[0], params, batch["tokens"], np.ones_like(batch["segments"]))
     assert np.abs(joined - logits).max() > 100 * LOGITS_GATE
+    adding = reference_of("experts add to all, all active")
+    for name in ("q_b", "k_b", "v_b", "o_b", "head_b", "attention_scale", "ffn_scale"):
+        experts = {**adding[1]["experts"], name: np.zeros_like(adding[1]["experts"][name])}
+        other = ref.forward(adding[0], {**adding[1], "experts": experts}, *batch_of(adding[2]))[0]
+        assert np.abs(other - adding[4][0]).max() > 100 * LOGITS_GATE, name
     pre = reference_of("pre-norm")[4][0]
     renormalised = reference_of("pre-norm renormalised")[4][0]
     assert np.abs(pre - renormalised).max() > 100 * LOGITS_GATE
@@ -279,7 +312,9 @@ def model_loss(config, dispatch, params, batch, allowed):
         segments_BT=batch["segments"],
         allowed_BE=allowed,
     )
-    nll, z = loss.token_losses(config, run, params["shared"], out.hidden_BTD, batch["targets"])
+    nll, z = loss.token_losses(
+        config, run, params["shared"], out.hidden_BTD, batch["targets"], (params["experts"],)
+    )
     kept = jnp.where(batch["loss_mask"], nll + Z_LOSS * z, 0.0)
     return jnp.sum(kept) / jnp.sum(batch["loss_mask"])
 
@@ -301,6 +336,8 @@ GRADIENT_PAIRS = [
     ("rows deny", "dense"),
     ("rows deny", "blocked"),
     ("rows deny", "ragged"),
+    ("experts add to all, all active", "dense"),
+    ("rows deny experts that add, document", "blocked"),
 ]
 
 
@@ -312,8 +349,9 @@ def reference_gradients(case):
     rng, step, out = np.random.default_rng(2), 1e-5, {}
     for name, leaf in flat.items():
         index = tuple(int(rng.integers(n)) for n in leaf.shape)
-        if name == "experts/bias":
-            index = (index[0], 2)  # Slot 0 has no bias; 2 is allowed in most rows.
+        if name == "experts/bias" or name[-2:] in ("_a", "_b") or name.endswith("_scale"):
+            # Slot 0 has none of these, layer 0 adds nothing; 2 is allowed in most rows.
+            index = (len(leaf) - 1, 2, *index[2:])
         ends = []
         for sign in (1, -1):
             moved = leaf.copy()

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import toy
 
-from flexolmo_jax import mesh, model, moe, optim, programs, router, stages, step, tree
+from flexolmo_jax import adapters, mesh, model, moe, optim, programs, router, stages, step, tree
 from flexolmo_jax.config import DataConfig, ExecConfig, OptimConfig, RunConfig
 from flexolmo_jax.errors import ConfigError
 
 OPTIM = OptimConfig(peak_lr=3e-3, total_steps=8, warmup_steps=2, load_balance=0.01)
 CONFIGS = {
     "anchor": toy.config(n_slots=1, n_active=1),
-    "expert": toy.config(n_slots=1, n_active=1),
+    "expert": toy.config(n_slots=1, n_active=1, expert_rank=2, expert_norms=True, expert_head=2),
+    "rows": toy.config(n_slots=1, n_active=1),
     "router": toy.CONFIG,
     "joint": toy.CONFIG,
 }
@@ -27,6 +28,7 @@ def job(stage, **changes):
     """A configuration of a stage that needs no file."""
     own = {"model": CONFIGS[stage], "tokenizer": "t"}
     fields = own if stage in ("anchor", "joint") else {"anchor": "a", "expert_id": "code"}
+    fields |= {"expert": "e"} if stage == "rows" else {}
     fields |= {
         "stage": stage,
         "data": DataConfig(batch_rows=8, seq_len=32),
@@ -136,7 +138,8 @@ def test_frozen_leaves_have_the_dtype_they_are_used_in():
     frozen = programs.training(c, CONFIGS["expert"], mesh.make_mesh()).arguments["frozen"]
     for name, leaf in tree.flatten(frozen).items():
         last = name.split("/")[-1]
-        matmul = last in moe.WEIGHTS or last in ("w_q", "w_k", "w_v", "w_o", "unembed", "embedding")
+        matmul = last in (*moe.WEIGHTS, *adapters.MATRICES, "unembed", "embedding")
+        matmul |= last in ("w_q", "w_k", "w_v", "w_o")
         assert leaf.dtype == (jnp.bfloat16 if matmul else jnp.float32), name
 
 
@@ -166,3 +169,51 @@ def test_what_each_stage_costs_per_token():
     assert stages.flops_per_token(c, "joint", 32) == 6 * used + 3 * score
     assert stages.flops_per_token(c, "router", 32) == 4 * used + 3 * score
     assert stages.flops_per_token(c, "eval", 32) == 2 * used + score
+    # Two of two experts of rank 2, of which one adds to attention, and is trained.
+    c = toy.config(n_slots=1, n_active=1, expert_rank=2)
+    added = 2 * 2 * (3 * 16 + 32 + 16 + 16 + 32 + 16)
+    used = 2 * ffn + attention + unembed + added
+    assert stages.flops_per_token(c, "rows", 32) == 4 * used + 3 * score
+    assert stages.flops_per_token(c, "expert", 32) == 4 * used + 2 * (ffn + added) + 3 * score
+
+
+def test_rows_of_a_finished_expert_train_and_nothing_else():
+    params = toy.params(CONFIGS["rows"])
+    trainable, frozen = stages.split("rows", params)
+    assert set(tree.flatten(trainable)) == {"expert/router", "expert/bias"}
+    whole = stages.own_expert(trainable, frozen)
+    assert tree.digests(whole) == tree.digests(params["experts"])
+    shared, groups = stages.assemble("rows", trainable, frozen)
+    assert shared is params["shared"] and groups[0] is params["experts"]
+    after, before, _ = steps("rows", params)
+    assert all(np.any(after[name] != before[name]) for name in after)
+
+
+def test_an_expert_starts_from_the_anchor_and_adds_nothing_yet():
+    """What it adds is zero, and has a gradient."""
+    c = CONFIGS["expert"]
+    params = toy.params(c)
+    added = [*adapters.MATRICES, *adapters.SCALES]
+    public = params["experts"] | {n: jnp.zeros_like(params["experts"][n]) for n in added}
+    expert = stages.upcycle({"experts": public}, jnp.zeros((c.n_layers, c.d_model)), 0.0)
+    assert all(np.any(expert[n]) == (n[-2:] == "_a") for n in adapters.MATRICES)
+    again = stages.upcycle({"experts": public}, jnp.zeros((c.n_layers, c.d_model)), 0.0)
+    assert tree.digests(again) == tree.digests(expert)
+    trainable = {"expert": expert}
+    frozen = {"shared": params["shared"], "public": public}
+    grads, _ = step.gradients(
+        stages.stage_model("expert", c),
+        model.Runtime("dense"),
+        "expert",
+        OPTIM,
+        trainable,
+        frozen,
+        toy.batch(),
+    )
+    moved = [
+        [bool(np.any(layer)) for layer in np.asarray(leaf)]
+        for name, leaf in grads["expert"].items()
+        if name.endswith("_b")
+    ]
+    # Nothing is added below the first mixture.
+    assert sorted(moved) == [[False, True]] * 4 + [[True]]

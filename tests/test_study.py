@@ -35,6 +35,7 @@ from flexolmo_jax.study import (
     summary,
     weights,
 )
+from flexolmo_jax.study.design import Recipe
 
 STUDY = dataclasses.replace(
     studies.get_study("seeds=2,quick=true"),
@@ -191,7 +192,7 @@ def test_the_papers_anchor_differs_in_the_router_alone(tmp_path):
     made = model_dir.write_model(
         tmp_path / "anchor", config, params["shared"], piece, texts.tokenizer, training
     )
-    info = starts.token_anchor(made.path, tmp_path / "token", [texts.public])
+    info = starts.agreed(made.path, tmp_path / "token", Recipe("token", 0.0), [texts.public])
     assert info.config.router == RouterConfig("token") and info.is_anchor
     _, other, _ = model_dir.load_model(info.path)
     _, whole, _ = model_dir.load_model(made.path)
@@ -199,6 +200,25 @@ def test_the_papers_anchor_differs_in_the_router_alone(tmp_path):
     assert {name for name in old if old[name] != new[name]} == {"experts/router"}
     row = other["experts"]["router"]
     assert np.abs(row).max() > 0 and (row == row[:1]).all()  # One vector for all layers.
+
+
+def test_an_anchor_with_room_for_more_is_the_same_model(tmp_path):
+    anchor = make_anchor(tmp_path / "anchor")
+    more = Recipe("document", 0.0, rank=3, norms=True, head=2)
+    assert more.agreed == "document-rank3-norms1-head2"
+    info = starts.agreed(anchor.path, tmp_path / "more", more, [])
+    assert (info.config.expert_rank, info.config.expert_norms) == (3, True)
+    assert info.anchor_digest != anchor.anchor_digest
+    _, old, _ = model_dir.load_model(anchor.path)
+    _, new, _ = model_dir.load_model(info.path)
+    old, new = tree.flatten(old), tree.flatten(new)
+    assert all(np.array_equal(new[name], old[name]) for name in old)
+    assert not any(np.any(new[name]) for name in new.keys() - old.keys())
+    # Without more it is the anchor itself, and mixtures of rivals hold FFNs alone.
+    same = starts.agreed(anchor.path, tmp_path / "same", Recipe("document", 0.0), [])
+    assert same.anchor_digest == anchor.anchor_digest
+    mixed = starts.upcycled(info.path, tmp_path / "m", ("a",), n_active=2, seed=0)
+    assert mixed.config.expert_rank == 0
 
 
 def test_an_upcycled_mixture_starts_as_its_anchor(tmp_path):
@@ -349,8 +369,10 @@ def test_training_flops():
     assert flops["ours"] < flops["paper-tuned"]
     real = studies.get_study()
     config = ModelConfig(**common.sizes()["tiny"])
-    equal = [judge.train_flops(real, config, name) for name in ("ours", "unrestricted-flops")]
-    assert equal[0] == pytest.approx(equal[1], rel=0.01)
+    held = config.replace(expert_head=real.recipes["ours"].head)
+    ours = judge.train_flops(real, held, "ours")
+    union = judge.train_flops(real, config, "unrestricted-flops")
+    assert ours == pytest.approx(union, rel=0.01)
     assert flops["unrestricted-data"] > flops["soup"]
 
 

@@ -17,7 +17,17 @@ import numpy as np
 import pytest
 import toy
 
-from flexolmo_jax import checkpoint, model, optim, run_checkpoints, stages, step, train, tree
+from flexolmo_jax import (
+    adapters,
+    checkpoint,
+    model,
+    optim,
+    run_checkpoints,
+    stages,
+    step,
+    train,
+    tree,
+)
 from flexolmo_jax.config import (
     DataConfig,
     ExecConfig,
@@ -28,7 +38,7 @@ from flexolmo_jax.config import (
     RunConfig,
     SourceConfig,
 )
-from flexolmo_jax.errors import ConfigError, TrainingError
+from flexolmo_jax.errors import ConfigError, RefusedError, TrainingError
 from flexolmo_jax.experts import model_dir, model_info, package, stitch
 from flexolmo_jax.experts import slice as slices
 
@@ -352,3 +362,72 @@ def test_an_anchor_alone_is_no_mixture_to_go_on_with(texts, anchor, tmp_path, st
 def test_what_goes_on_brings_no_architecture_of_its_own(texts, anchor):
     with pytest.raises(ConfigError, match="takes the architecture"):
         anchor_config(texts, anchor=str(anchor))
+
+
+@pytest.fixture(scope="module")
+def expert(texts, anchor, tmp_path_factory):
+    """A trained and packaged expert."""
+    root = tmp_path_factory.mktemp("expert")
+    train.fit(expert_config(texts, anchor), root / "run")
+    package.package(root / "run", root / "slice")
+    return root / "slice"
+
+
+def rows_config(texts, anchor, expert, **changes) -> RunConfig:
+    return expert_config(texts, anchor, stage="rows", expert=str(expert), **changes)
+
+
+def test_rows_are_tuned_alone_and_the_rest_of_the_expert_keeps_its_bits(
+    texts, anchor, expert, tmp_path
+):
+    """Mutations: `_new_expert` in stage "rows"; the whole slice trainable."""
+    train.fit(rows_config(texts, anchor, expert), tmp_path / "w")
+    made = package.package(tmp_path / "w", tmp_path / "tuned")
+    assert made["kind"] == "slice" and made["expert"] == "own"
+    before, old = slices.read_slice(expert)
+    after, new = slices.read_slice(tmp_path / "tuned")
+    changed = {n for n in old if not np.array_equal(old[n], new[n])}
+    assert changed == {"router", "bias"}
+    assert after.manifest["recipe"]["rows_of"] == before.digest
+    assert after.manifest["anchor_digest"] == before.manifest["anchor_digest"]
+    # It takes the place of the expert that it was.
+    plan = stitch.plan(anchor, [tmp_path / "tuned"])
+    stitch.execute(plan, tmp_path / "model")
+    assert not model_info.read_info(tmp_path / "model").trained_together
+
+
+def test_rows_of_another_expert_or_anchor_are_refused(texts, anchor, expert, tmp_path):
+    with pytest.raises(ConfigError, match="another expert"):
+        train.fit(rows_config(texts, anchor, expert, expert_id="other"), tmp_path / "w")
+    train.fit(anchor_config(texts, seed=1), tmp_path / "run")
+    package.package(tmp_path / "run", tmp_path / "anchor")
+    with pytest.raises(RefusedError, match="wrong-anchor"):
+        train.fit(rows_config(texts, tmp_path / "anchor", expert), tmp_path / "w")
+    with pytest.raises(ConfigError, match='"rows" starts from a finished expert'):
+        expert_config(texts, anchor, stage="rows")
+    with pytest.raises(ConfigError, match='"rows" starts from a finished expert'):
+        expert_config(texts, anchor, expert=str(expert))
+
+
+def test_an_expert_that_adds_to_attention_goes_all_the_way(texts, tmp_path):
+    """Trained, packaged, stitched, denied: the anchor's bits are back."""
+    agreed = anchor_config(texts).model.replace(expert_rank=2, expert_norms=True, expert_head=2)
+    train.fit(anchor_config(texts, model=agreed), tmp_path / "run")
+    package.package(tmp_path / "run", tmp_path / "anchor")
+    info, params, _ = model_dir.load_model(tmp_path / "anchor")
+    assert not any(np.any(params["experts"][n]) for n in (*adapters.MATRICES, *adapters.SCALES))
+    train.fit(expert_config(texts, tmp_path / "anchor"), tmp_path / "w")
+    package.package(tmp_path / "w", tmp_path / "slice")
+    stitch.execute(stitch.plan(tmp_path / "anchor", [tmp_path / "slice"]), tmp_path / "model")
+    stitched, both, _ = model_dir.load_model(tmp_path / "model")
+    assert stitched.config.expert_rank == 2
+    assert all(np.any(both["experts"][n][:, 1]) for n in (*adapters.MATRICES, *adapters.SCALES))
+    tokens = toy.batch(vocab=32)["tokens"]
+
+    def hidden(config, params, **kwargs):
+        run, groups = model.Runtime("dense"), (params["experts"],)
+        return model.forward(config, run, params["shared"], groups, tokens, **kwargs).hidden_BTD
+
+    denied = hidden(stitched.config, both, allowed_BE=jnp.array([[True, False]] * len(tokens)))
+    alone = hidden(info.config, params)
+    np.testing.assert_array_equal(denied, alone)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax import model, tree
+from flexolmo_jax import adapters, model, tree
 from flexolmo_jax.config import ModelConfig, RouterConfig
 from flexolmo_jax.data import prepare, tokenize
 from flexolmo_jax.data.corpora import Document
@@ -42,6 +42,7 @@ def params(c: ModelConfig = CONFIG, seed: int = 0) -> tree.Tree:
     rng = np.random.default_rng(seed)
     # Larger experts than at initialisation, so that every part matters in the result.
     stds = {"router": 1.0, "bias": 1.0, "w_gate": 0.2, "w_up": 0.2, "w_down": 0.2}
+    stds |= dict.fromkeys((*adapters.MATRICES, *adapters.SCALES), 0.3)
 
     def draw(name, leaf):
         last = name.split("/")[-1]

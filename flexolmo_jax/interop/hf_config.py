@@ -330,6 +330,11 @@ def architecture_for(config: ModelConfig, where: str = "") -> Architecture:
             "the router judges a document (router.context is 'document'); every class of "
             "transformers judges each token alone: train the experts with context=token"
         )
+    if not dense and (config.expert_rank or config.expert_norms or config.expert_head):
+        reasons.append(
+            "its experts hold more than FFNs (expert_rank, expert_norms, expert_head); in every "
+            "class of transformers an expert is an FFN: train them beside an anchor without"
+        )
     every = config.n_active == config.n_slots
     if config.router.fallback and not every:
         reasons.append(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flexolmo_jax import model as model_
-from flexolmo_jax import tree
+from flexolmo_jax import stages, tree
 from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.pods import target as targets
 from flexolmo_jax.pods.chips import GIB, Topology
@@ -182,7 +182,7 @@ def _growing(said: str, target: Target, tell: Tell) -> Iterator[Tried]:
 def _meshes(target: Target) -> Iterator[tuple[str, Target]]:
     """Meshes that divide devices, slots and heads; the batch must divide over them too."""
     n, c = target.topology.devices, target.model
-    slots = c.n_slots if target.stage != "expert" else 1
+    slots = c.n_slots if target.stage not in stages.OWN_STAGES else 1
     for expert in [e for e in (1, 2, 4, 8, 16) if slots % e == 0 and n % e == 0]:
         for tensor in [m for m in (1, 2, 4) if c.n_kv_heads % m == 0 and n % (expert * m) == 0]:
             data = n // (expert * tensor)

@@ -126,13 +126,14 @@ def _as_stage(
     """The configuration for a training stage; names that only a real job needs are filled in."""
     if stage in SERVING:
         stage = run.stage
-    later = stage in ("expert", "router")
+    later = stage in (*stages.OWN_STAGES, "router")
     return dataclasses.replace(
         run,
         stage=stage,
         model=None if later else model,
         anchor=(run.anchor or "anchor") if later else "",
-        expert_id=(run.expert_id or "expert") if stage == "expert" else "",
+        expert_id=(run.expert_id or "expert") if stage in stages.OWN_STAGES else "",
+        expert=(run.expert or "expert") if stage == "rows" else "",
         tokenizer=run.tokenizer or "tokenizer.json",
         data=data,
         optim=dataclasses.replace(run.optim, accumulate=accumulate),

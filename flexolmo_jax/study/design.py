@@ -18,6 +18,10 @@ class Recipe:
       context: what the router judges, "document" or "token" (the paper).
       public_share: of public text in an expert's batches.
       overrides: `KEY=VALUE` of the expert's configuration.
+      rank, norms, head: what an expert holds beyond its FFN (`ModelConfig.expert_rank`,
+        `expert_norms`, `expert_head`).
+      rows_of: the recipe whose finished experts it takes, with rows that each owner tunes alone
+        afterwards; what trains an expert is then that recipe's.
       tuned: tune the router afterwards as the paper does, on proxies and public text.
       says: what it is, for tables.
     """
@@ -25,8 +29,18 @@ class Recipe:
     context: str
     public_share: float
     overrides: tuple[str, ...] = ()
+    rank: int = 0
+    norms: bool = False
+    head: int = 0
+    rows_of: str = ""
     tuned: bool = False
     says: str = ""
+
+    @property
+    def agreed(self) -> str:
+        """Name of the anchor that its experts agree on: one for every set of choices above."""
+        held = {"rank": self.rank, "norms": int(self.norms), "head": self.head}
+        return "-".join([self.context, *(f"{name}{n}" for name, n in held.items() if n)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +85,11 @@ class Study:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ConfigError("A study needs a seed", got=self.seeds, where="--seeds")
+        lost = [n for n, r in self.recipes.items() if r.rows_of and r.rows_of not in self.recipes]
+        if lost:
+            raise ConfigError(
+                "The recipe whose experts are tuned is not part of the study", got=", ".join(lost)
+            )
         bad = [name for name in self.recipes if not EXPERT_ID.fullmatch(name)]
         if bad:
             raise ConfigError("Not a name for a recipe", got=", ".join(bad), where=self.suite)

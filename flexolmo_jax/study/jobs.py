@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.jobs.plan import Job, Plan
-from flexolmo_jax.study.design import Study
+from flexolmo_jax.study.design import Recipe, Study
 
 PROGRAM = (sys.executable, "-m", "flexolmo_jax")
 # Files of the checkout: a study trains by the same experiment files that a user would edit.
@@ -31,13 +31,17 @@ class Layout:
         return Path(self.study.anchor) if self.study.anchor else self.root / "anchor"
 
     def start(self, name: str) -> Path:
-        """A directory that trainings start from: "token", "union", "proxies"."""
+        """A directory that trainings start from: of a recipe's anchor, "union", "proxies"."""
         return self.root / "starts" / name
 
     def anchor_of(self, recipe: str) -> Path:
         """The anchor of a recipe's experts."""
-        document = self.study.recipes[recipe].context == "document"
-        return self.anchor if document else self.start("token")
+        return self.start(self.study.recipes[recipe].agreed)
+
+    @property
+    def anchors(self) -> dict[str, Recipe]:
+        """The anchors that recipes agree on, by name, each with one recipe that says what it is."""
+        return {recipe.agreed: recipe for recipe in self.study.recipes.values()}
 
     def data(self, domain: str, split: str) -> Path:
         """Token shards."""
@@ -109,7 +113,7 @@ class _Maker:
         return [train, self._job("package:anchor", package, (train.name,), files, made, 6)]
 
     def starts(self) -> list[Job]:
-        made = [self.at.start("token"), self.at.start("union")]
+        made = [self.at.start(name) for name in (*self.at.anchors, "union")]
         made += [self.at.start("proxies") / d for d in self._tuned_domains()]
         shards = [self.at.data(d, "train") for d in (*self.study.public, *self.study.closed)]
         needs = tuple(f"prepare:{p.parent.name}:train" for p in shards)
@@ -123,7 +127,7 @@ class _Maker:
 
     def seed(self, seed: int) -> list[Job]:
         """Every training, model and score of one seed."""
-        trained = [self._expert(r, d, seed) for r in self.study.recipes for d in self.study.closed]
+        trained = [job for recipe in self.study.recipes for job in self._experts(recipe, seed)]
         if self.study.rivals:
             trained += [self._dense(d, (d,), seed) for d in self.study.closed]
             trained.append(self._dense("public", self.study.public, seed))
@@ -131,7 +135,7 @@ class _Maker:
         tuned = [r for r, recipe in self.study.recipes.items() if recipe.tuned]
         mixed = [*tuned, *(["btx"] if self.study.rivals else [])]
         models = [self.at.model(name, seed) for name in mixed]
-        finals = [Path(output) for job in trained for output in job.outputs]
+        finals = [Path(out) for job in trained for out in job.outputs if job.state]
         names = tuple(job.name for job in trained)
         jobs = list(trained)
         if mixed:
@@ -149,15 +153,38 @@ class _Maker:
         out = [self.at.scores(seed)]
         return [*jobs, self._study_job(f"judge:s{seed}", "judge", needs, inputs, out, seed, 400)]
 
-    def _expert(self, recipe: str, domain: str, seed: int) -> Job:
+    def _experts(self, recipe: str, seed: int) -> list[Job]:
+        """Experts of a recipe, or the rows of finished ones."""
+        jobs = []
+        for domain in self.study.closed:
+            of = self.study.recipes[recipe].rows_of
+            if not of:
+                jobs.append(self._expert(recipe, domain, seed))
+                continue
+            done, made = self.at.run(of, domain, seed), self.at.model(f"{of}-{domain}", seed)
+            package = ("package", "--run", str(done), "--out", str(made))
+            name, needs = f"package:{of}:{domain}:s{seed}", (f"train:{of}:{domain}:s{seed}",)
+            jobs.append(self._job(name, package, needs, [done / "final"], [made], 6))
+            jobs.append(self._expert(recipe, domain, seed, made, name))
+        return jobs
+
+    def _expert(
+        self, recipe: str, domain: str, seed: int, finished: Path | None = None, after: str = ""
+    ) -> Job:
+        """One owner's training: of an expert, or of the rows of a finished one."""
         r, study = self.study.recipes[recipe], self.study
         public = [self.at.data(d, "train").parent for d in study.public]
         own = self.at.data(domain, "train").parent
-        config = f"expert.py:size={study.size},expert={domain},anchor={self.at.anchor_of(recipe)}"
+        kind = "rows" if finished else "expert"
+        config = f"{kind}.py:size={study.size},expert={domain},anchor={self.at.anchor_of(recipe)}"
         config += f",own={own},public={'+'.join(map(str, public))},public_share={r.public_share}"
         shards = [p / "train" for p in (own, *public)]
         inputs = [*shards, self.at.anchor_of(recipe)]
-        return self._train(recipe, domain, seed, config, "owner", ("starts",), inputs, r.overrides)
+        if finished is None:
+            needs = ("starts",)
+            return self._train(recipe, domain, seed, config, "owner", needs, inputs, r.overrides)
+        config, inputs = f"{config},slice={finished}", [*inputs, finished]
+        return self._train(recipe, domain, seed, config, "router", (after,), inputs, r.overrides)
 
     def _dense(self, name: str, domains: tuple[str, ...], seed: int) -> Job:
         own = [self.at.data(d, "train").parent for d in domains]

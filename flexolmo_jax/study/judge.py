@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax import inference, model, stages, tree
+from flexolmo_jax import adapters, inference, model, stages, tree
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data import shards
 from flexolmo_jax.experts import model_dir
@@ -23,6 +23,7 @@ from flexolmo_jax.study.design import Study
 from flexolmo_jax.study.jobs import RIVAL, UNIONS, Layout
 from flexolmo_jax.study.rivals import Method, choose
 from flexolmo_jax.study.scorer import Losses, Scorer, read_text
+from flexolmo_jax.study.starts import FFN_ALONE
 
 Say = Callable[[str], None]
 # Active experts that a mixture may choose among.
@@ -232,8 +233,16 @@ def owners_curve(j: Judge, m: Mixture, n_active: int) -> dict[str, dict[str, flo
     }
 
 
+def recipe_of(study: Study, name: str) -> str:
+    """The recipe that a method is made of; "" for the others."""
+    return max((r for r in study.recipes if name.startswith(r)), key=len, default="")
+
+
 def train_flops(study: Study, config: ModelConfig, name: str) -> float:
     """FLOPs of all training beyond the anchor's that a method needs, over all owners.
+
+    Args:
+      config: of the recipe's experts, else of the anchor.
 
     Counted as `stages.flops_per_token` does: no recomputation, no weight gradient of what is
     frozen.
@@ -250,9 +259,10 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
     if name.startswith("unrestricted"):
         steps = study.steps[name.replace("unrestricted", "union")]
         return steps * study.batch_rows * study.seq_len * cost("joint", 2)
-    if any(name.startswith(recipe) for recipe in study.recipes):
+    if recipe := recipe_of(study, name):
         tuned = router_tokens * cost("router", 2) if name.endswith("-tuned") else 0.0
-        return owners * tokens * cost("expert") + tuned
+        after = owners * router_tokens * cost("rows") if study.recipes[recipe].rows_of else 0.0
+        return owners * tokens * cost("expert") + tuned + after
     if name.startswith("dense-"):
         return tokens * cost("anchor")
     router = router_tokens * cost("router", 2) if name == "btx" else 0.0
@@ -261,18 +271,21 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
 
 def active_params(config: ModelConfig, method: Method, kind: str) -> int:
     """Parameters that a token passes through, embeddings counted once per model."""
-    ffn = 3 * config.n_layers * config.d_model * config.d_ffn
-    one = config.replace(n_slots=1, n_active=1)
+    one = config.replace(n_slots=1, n_active=1, **FFN_ALONE)
     dense = tree.count(model.abstract_params(one))
-    return dense * method.forward if kind == "dense" else dense + ffn * (method.forward - 1)
+    if kind == "dense":
+        return dense * method.forward
+    expert = 3 * config.n_layers * config.d_model * config.d_ffn + adapters.size(config)
+    return dense + expert * (method.forward - 1)
 
 
 def run(layout: Layout, seed: int, say: Say) -> dict[str, Any]:
     """Everything that one seed's results are made of, as JSON values."""
     j = Judge(layout, seed, say)
-    config = j.info.config
     out: dict[str, Any] = {"seed": seed, "anchor_digest": j.info.anchor_digest, "methods": {}}
     for name, (method, kind) in methods(j).items():
+        recipe = recipe_of(j.study, name)
+        config = j.recipes[recipe].config if recipe else j.info.config
         out["methods"][name] = {
             "bpb": {d: s.summary() for d, s in j.heldout.scores(method.losses).items()},
             "train_flops": train_flops(j.study, config, name),

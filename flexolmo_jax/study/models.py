@@ -13,7 +13,8 @@ def make_starts(layout: Layout) -> dict:
     """Writes what trainings of all seeds start from (see `starts`), and each owner's proxies."""
     study, anchor = layout.study, layout.anchor
     public = [layout.data(d, "train") for d in study.public]
-    starts.token_anchor(anchor, layout.start("token"), public)
+    for name, recipe in layout.anchors.items():
+        starts.agreed(anchor, layout.start(name), recipe, public)
     starts.upcycled(anchor, layout.start("union"), study.closed, n_active=N_ACTIVE, seed=0)
     found = {}
     if any(recipe.tuned for recipe in study.recipes.values()):

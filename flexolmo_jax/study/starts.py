@@ -8,18 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from flexolmo_jax import tree
-from flexolmo_jax.config import DataConfig, RouterConfig, RouterInitConfig, RunConfig, SourceConfig
+from flexolmo_jax.config import DataConfig, ModelConfig, RouterInitConfig, RunConfig, SourceConfig
 from flexolmo_jax.experts import model_dir, model_info, router_init
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.model import INIT_STD, NO_BIAS
 from flexolmo_jax.study import weights
+from flexolmo_jax.study.design import Recipe
 
-TOKEN = RouterConfig(context="token")
+FFN_ALONE = {"expert_rank": 0, "expert_norms": False, "expert_head": 0}
 NOTHING_TRAINED = {"steps": 0, "tokens": 0, "seed": 0}
 
 
-def token_anchor(anchor: Path, out: Path, public: Sequence[Path]) -> model_info.ModelInfo:
-    """The same anchor as the paper has it: tokens judged alone, a public row from embeddings.
+def agreed(anchor: Path, out: Path, recipe: Recipe, public: Sequence[Path]) -> model_info.ModelInfo:
+    """The same anchor with the router, and the room for what experts hold, of a recipe.
+
+    Where tokens are judged alone, as in the paper, the public row comes from embeddings.
 
     Source: paper section 3.3.1; the row is that of `router_init.public_row`.
 
@@ -27,15 +30,22 @@ def token_anchor(anchor: Path, out: Path, public: Sequence[Path]) -> model_info.
       public: token-shard directories.
     """
     info, params, _ = model_dir.load_model(anchor)
-    config = dataclasses.replace(info.config, router=TOKEN)
-    run = RunConfig(
-        stage="anchor",
-        anchor=str(anchor),
-        data=DataConfig(sources=tuple(SourceConfig(str(p), public=True) for p in public)),
-        router_init=RouterInitConfig(method="embedding"),
+    router = dataclasses.replace(info.config.router, context=recipe.context)
+    config = info.config.replace(
+        router=router,
+        expert_rank=recipe.rank,
+        expert_norms=recipe.norms,
+        expert_head=recipe.head,
     )
-    piece = slices.take_slot(params["experts"], 0)
-    piece["router"] = router_init.public_row(run, config)
+    piece = _holding(slices.take_slot(params["experts"], 0), config)
+    if recipe.context == "token":
+        run = RunConfig(
+            stage="anchor",
+            anchor=str(anchor),
+            data=DataConfig(sources=tuple(SourceConfig(str(p), public=True) for p in public)),
+            router_init=RouterInitConfig(method="embedding"),
+        )
+        piece["router"] = router_init.public_row(run, config)
     training = {key: info.training[key] for key in NOTHING_TRAINED}
     return model_dir.write_model(
         out, config, params["shared"], piece, info.tokenizer_path, training
@@ -58,19 +68,30 @@ def mixture(
       experts: id to slice, the public one included; router rows and biases in them are ignored.
     """
     info = model_info.read_info(anchor)
-    config = info.config.replace(n_slots=len(experts), n_active=n_active, router=TOKEN)
+    router = dataclasses.replace(info.config.router, context="token")
+    config = info.config.replace(n_slots=len(experts), n_active=n_active, router=router)
+    config = config.replace(**FFN_ALONE)
     rng = np.random.default_rng(seed)
 
     def drawn(piece: tree.Tree) -> tree.Tree:
         rows = rng.standard_normal(piece["router"].shape) * INIT_STD
         row = rows.astype(piece["router"].dtype)
-        return {**piece, "router": row, "bias": np.full_like(piece["bias"], NO_BIAS)}
+        bias = np.full_like(piece["bias"], NO_BIAS)
+        return {**_holding(piece, config), "router": row, "bias": bias}
 
     public, *others = experts
     members = [model_dir.Member(name, drawn(experts[name]), NOTHING_TRAINED) for name in others]
     return model_dir.write_model(
         out, config, shared, drawn(experts[public]), info.tokenizer_path, experts=members
     )
+
+
+def _holding(piece: tree.Tree, config: ModelConfig) -> tree.Tree:
+    """A slice with the leaves of this architecture: what it does not have is 0."""
+    return {
+        name: piece[name] if name in piece else np.zeros(like.shape, like.dtype)
+        for name, like in slices.expected_slice(config).items()
+    }
 
 
 def upcycled(

@@ -59,8 +59,8 @@ def low_rank(expert: tree.Tree, public: tree.Tree, rank: int) -> tree.Tree:
 
 
 def low_rank_size(expert: tree.Tree, rank: int) -> int:
-    """Numbers that such an expert ships: both factors of each matrix, router rows and biases."""
-    total = expert["router"].size + expert["bias"].size
+    """Numbers that such an expert ships: both factors of each FFN matrix, all else as it is."""
+    total = sum(leaf.size for name, leaf in expert.items() if name not in moe.WEIGHTS)
     for name in moe.WEIGHTS:
         layers, rows, columns = expert[name].shape
         total += layers * min(rank * (rows + columns), rows * columns)

@@ -392,7 +392,7 @@ def score_rows(
         query = jax.lax.dynamic_slice_in_dim(batch["query"], at, chunk)
         target = jax.lax.dynamic_slice_in_dim(batch["target"], at, chunk)
         hidden_QD = constrain(hidden_MD[query], run.mesh, "batch", "embed")
-        logits_QV = model.unembed(config, shared, hidden_QD[:, None])[:, 0]
+        logits_QV = model.unembed(config, shared, hidden_QD[:, None], groups)[:, 0]
         norm_Q1 = jax.nn.logsumexp(logits_QV, axis=-1, keepdims=True)
         logprob = jnp.take_along_axis(logits_QV, target, axis=-1) - norm_Q1
         greedy = jnp.argmax(logits_QV, axis=-1)[:, None] == target

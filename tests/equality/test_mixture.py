@@ -28,7 +28,8 @@ def objective(c, run, params, batch, allowed=None):
         segments_BT=batch["segments"],
         allowed_BE=allowed,
     )
-    nll, _ = loss.token_losses(c, run, params["shared"], out.hidden_BTD, batch["targets"])
+    groups = (params["experts"],)
+    nll, _ = loss.token_losses(c, run, params["shared"], out.hidden_BTD, batch["targets"], groups)
     return jnp.sum(jnp.where(batch["loss_mask"], nll, 0.0)) / jnp.sum(batch["loss_mask"])
 
 
@@ -119,12 +120,18 @@ def test_a_slot_that_another_row_uses_may_hold_anything(dispatch):
     assert np.isnan(got[1]).any()
 
 
+# Experts of FFNs alone, and experts that add to attention and norms.
+MORE = [{}, {"expert_rank": 3, "expert_norms": True, "expert_head": 2}]
+
+
+@pytest.mark.parametrize("more", MORE, ids=str)
 @pytest.mark.parametrize("remat", ["dots", "projections", "outputs", "full"])
-def test_remat_changes_nothing(remat):
-    params, batch = toy.params(), toy.batch()
-    want = value_and_grad(toy.CONFIG, model.Runtime("dense"), params, batch)
+def test_remat_changes_nothing(remat, more):
+    c = toy.config(**more)
+    params, batch = toy.params(c), toy.batch()
+    want = value_and_grad(c, model.Runtime("dense"), params, batch)
     run = model.Runtime("dense", remat=remat)
-    assert_same(value_and_grad(toy.CONFIG, run, params, batch), want)
+    assert_same(value_and_grad(c, run, params, batch), want)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
@@ -163,9 +170,10 @@ def test_tiled_attention_equals_whole(monkeypatch, tile, changes):
     assert_same(value_and_grad(c, run, params, batch), want)
 
 
-def test_groups_equal_one_group():
+@pytest.mark.parametrize("more", MORE, ids=str)
+def test_groups_equal_one_group(more):
     """Frozen and trainable experts side by side are the same mixture as one stack."""
-    c = toy.config(n_slots=2, n_active=2)
+    c = toy.config(n_slots=2, n_active=2, **more)
     params, batch = toy.params(c), toy.batch()
     halves = tuple(
         {name: leaf[:, i : i + 1] for name, leaf in params["experts"].items()} for i in range(2)
@@ -194,9 +202,9 @@ def test_groups_equal_one_group():
         ("ragged", (2, 2, 2)),
     ],
 )
-@pytest.mark.parametrize("form", ["whole", "tiled"])
-def test_sharded_equals_single(dispatch, shape, form):
-    c = toy.CONFIG
+@pytest.mark.parametrize(("form", "more"), [("whole", MORE[0]), ("tiled", MORE[1])], ids=str)
+def test_sharded_equals_single(dispatch, shape, form, more):
+    c = toy.config(**more)
     params, batch = toy.params(c), toy.batch(rows=8)
     want = value_and_grad(c, model.Runtime("dense"), params, batch)
     grid = mesh.make_mesh(*shape)
@@ -207,10 +215,11 @@ def test_sharded_equals_single(dispatch, shape, form):
     assert_same(value_and_grad(c, run, placed, rows), want)
 
 
+@pytest.mark.parametrize("more", MORE, ids=str)
 @pytest.mark.parametrize("form", ["stacked", "split"])
-def test_decoding_equals_one_pass(form):
+def test_decoding_equals_one_pass(form, more):
     """Prefill of prompts of different lengths, then single tokens, against the whole row."""
-    c = toy.config(n_active=3)
+    c = toy.config(n_active=3, **more)
     params = toy.params(c)
     tokens = toy.batch(rows=3, length=24)["tokens"]
     arguments = [model.Runtime("dense"), params["shared"], (params["experts"],)]
@@ -218,7 +227,7 @@ def test_decoding_equals_one_pass(form):
     @functools.partial(jax.jit, static_argnums=0)
     def compiled_logits(run, shared, groups, tokens, **kwargs):
         out = model.forward(c, run, shared, groups, tokens, **kwargs)
-        return model.unembed(c, shared, out.hidden_BTD), out.cache
+        return model.unembed(c, shared, out.hidden_BTD, groups), out.cache
 
     def logits(tokens, **kwargs):
         return compiled_logits(*arguments, tokens, **kwargs)

@@ -36,13 +36,34 @@ def rotate(head, position, theta):
     return out
 
 
-def attention(config, layer, x, segments):
+def addition(layer, name, x, gates):
+    """What experts e > 0 add to one projection: sum of gate * ((x @ A_e) @ B_e), [T,O]."""
+    if f"{name}_a" not in layer or gates is None:
+        return 0.0
+    total = 0.0
+    for e in range(1, gates.shape[1]):
+        down = layer[f"{name}_a"][e].reshape(x.shape[1], -1)
+        up = layer[f"{name}_b"][e].reshape(down.shape[1], -1)
+        total = total + gates[:, e, None] * ((x @ down) @ up)
+    return total
+
+
+def norm_weight(layer, part, gates):
+    """The weight of a norm, [D], or [T,D] where experts add to it."""
+    weight = layer[f"{part}_norm"]
+    if f"{part}_scale" not in layer:
+        return weight
+    return weight + gates[:, 1:] @ layer[f"{part}_scale"][1:]
+
+
+def attention(config, layer, x, segments, gates=None):
     """Causal grouped-query attention of one row [T,D] inside each document."""
     length, d_model = x.shape
     n, kv, d_head = config.n_heads, config.n_kv_heads, config.d_head
-    q = x @ layer["w_q"].reshape(d_model, n * d_head)
-    k = x @ layer["w_k"].reshape(d_model, kv * d_head)
-    v = (x @ layer["w_v"].reshape(d_model, kv * d_head)).reshape(length, kv, d_head)
+    q = x @ layer["w_q"].reshape(d_model, n * d_head) + addition(layer, "q", x, gates)
+    k = x @ layer["w_k"].reshape(d_model, kv * d_head) + addition(layer, "k", x, gates)
+    v = x @ layer["w_v"].reshape(d_model, kv * d_head) + addition(layer, "v", x, gates)
+    v = v.reshape(length, kv, d_head)
     if config.qk_norm == "full":
         q = rms_norm(q, layer["q_norm"], config.norm_eps)
         k = rms_norm(k, layer["k_norm"], config.norm_eps)
@@ -58,6 +79,7 @@ def attention(config, layer, x, segments):
         for j in range(kv):
             k_rot[t, j] = rotate(k[t, j], positions[t], config.rope_theta)
     out = np.zeros((length, d_model))
+    heads = np.zeros((length, n, d_head))
     for t in range(length):
         first = starts[t]
         for i in range(n):
@@ -65,8 +87,9 @@ def attention(config, layer, x, segments):
             scores = k_rot[first : t + 1, j] @ q_rot[t, i] / np.sqrt(d_head)
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
-            out[t] += (weights @ v[first : t + 1, j]) @ layer["w_o"][i]
-    return out
+            heads[t, i] = weights @ v[first : t + 1, j]
+            out[t] += heads[t, i] @ layer["w_o"][i]
+    return out + addition(layer, "o", heads.reshape(length, -1), gates)
 
 
 def swiglu(x, w_gate, w_up, w_down):
@@ -120,15 +143,20 @@ def mixture(config, layer, x, segments, allowed):
     return out, weights
 
 
-def block(config, layer, x, segments, allowed):
-    """One layer for one row: (new residual stream [T,D], combine weights [T,E])."""
-    eps = config.norm_eps
+def block(config, layer, x, segments, allowed, below):
+    """One layer for one row: (new residual stream [T,D], combine weights [T,E]).
+
+    `below` has the combine weights of the layer below, by which experts add to attention.
+    """
+    eps, first = config.norm_eps, norm_weight(layer, "attention", below)
     if config.norm_placement == "post":
-        h = x + rms_norm(attention(config, layer, x, segments), layer["attention_norm"], eps)
+        h = x + rms_norm(attention(config, layer, x, segments, below), first, eps)
         y, weights = mixture(config, layer, h, segments, allowed)
-        return h + rms_norm(y, layer["ffn_norm"], eps), weights
-    h = x + attention(config, layer, rms_norm(x, layer["attention_norm"], eps), segments)
-    y, weights = mixture(config, layer, rms_norm(h, layer["ffn_norm"], eps), segments, allowed)
+        return h + rms_norm(y, norm_weight(layer, "ffn", weights), eps), weights
+    h = x + attention(config, layer, rms_norm(x, first, eps), segments, below)
+    # This norm stands before the router, so it knows the layer below only.
+    read = rms_norm(h, norm_weight(layer, "ffn", below), eps)
+    y, weights = mixture(config, layer, read, segments, allowed)
     return h + y, weights
 
 
@@ -136,7 +164,11 @@ def _layer(params, index):
     """The weights of one layer in one flat dict, as float64."""
     layers = dict(params["shared"]["layers"])
     merged = {**layers.pop("attention"), **layers, **params["experts"]}
-    return {name: np.asarray(leaf[index], np.float64) for name, leaf in merged.items()}
+    return {
+        name: np.asarray(leaf[index], np.float64)
+        for name, leaf in merged.items()
+        if not name.startswith("head_")
+    }
 
 
 def forward(config, params, tokens, segments=None, allowed=None):
@@ -153,16 +185,25 @@ def forward(config, params, tokens, segments=None, allowed=None):
     embedding = np.asarray(params["shared"]["embed"]["embedding"], np.float64)
     head = embedding.T if config.tied_embeddings else params["shared"]["unembed"]
     states, weights = [embedding[tokens]], []
+    below = np.zeros((*tokens.shape, config.n_slots))
     for index in range(config.n_layers):
         layer = _layer(params, index)
         rows = [
-            block(config, layer, states[-1][b], segments[b], allowed[b]) for b in range(len(tokens))
+            block(config, layer, states[-1][b], segments[b], allowed[b], below[b])
+            for b in range(len(tokens))
         ]
         states.append(np.stack([x for x, _ in rows]))
         weights.append(np.stack([w for _, w in rows]))
+        below = weights[-1]
     final_norm = np.asarray(params["shared"]["final_norm"], np.float64)
     normed = rms_norm(states[-1], final_norm, config.norm_eps)
-    return normed @ np.asarray(head, np.float64), np.stack(states), np.stack(weights)
+    logits = normed @ np.asarray(head, np.float64)
+    if "head_a" in params["experts"]:  # Gated by the last layer.
+        down, up = (np.asarray(params["experts"][f"head_{x}"][0], np.float64) for x in "ab")
+        for e in range(1, config.n_slots):
+            added = (normed @ down[e]) @ up[e]
+            logits += np.where(weights[-1][..., e, None] > 0, weights[-1][..., e, None] * added, 0)
+    return logits, np.stack(states), np.stack(weights)
 
 
 def loss(logits, targets, loss_mask, z_loss=0.0):
