@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if a.context:
         router["context"] = a.context
     config = common.base("anchor", a.size)
-    config.model = {**model, "router": router}
+    config.model = {**common.EXPERT_HOLDS, **model, "router": router}
     config.tokenizer = a.tokenizer
     domains = a.domains.split("+")
     config.data.sources = tuple(common.source(f"{a.data}/{d}/train", public=True) for d in domains)
