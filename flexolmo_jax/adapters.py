@@ -105,7 +105,7 @@ def widened(groups: Sequence[Any], hidden_BTD: jax.Array, gate_BTE: jax.Array) -
         inner_BTR = _select(gate_BT1[..., 0] > 0, hidden_BTD) @ a_DR.astype(hidden_BTD.dtype)
         inner_BTR = jnp.where(gate_BT1 > 0, inner_BTR, 0)
         parts.append(gate_BT1.astype(hidden_BTD.dtype) * inner_BTR)
-    return jnp.concatenate(parts, axis=-1)
+    return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else hidden_BTD
 
 
 def head(groups: Sequence[Any]) -> jax.Array | None:

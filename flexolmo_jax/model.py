@@ -236,21 +236,19 @@ def forward(
         keep_residual=keep_residual,
         training=training,
     )
-    x_BTD = _embedded(run, shared, tokens_BT)
     layer_cache = None if cache is None else (cache.k, cache.v, cache.router_sum)
     over_layers = jax.lax.scan if isinstance(shared["layers"], dict) else _one_by_one
     gate_BTE = adapters.first_gate(config, (*tokens_BT.shape, n_slots))
     (x_BTD, _), (logits, combine, residual, drops, layer_cache) = over_layers(
         remat.remat(one_layer, run.remat),
-        (x_BTD, gate_BTE),
+        (_embedded(run, shared, tokens_BT), gate_BTE),
         (shared["layers"], adapters.layered(groups), layer_cache),
     )
     if cache is not None and branch_end_BT is None:
         length_B = cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
         cache = Cache(*layer_cache, length_B)
     hidden_BTD = layers.rms_norm(x_BTD, shared["final_norm"], config.norm_eps)
-    if config.expert_head:
-        hidden_BTD = adapters.widened(groups, hidden_BTD, combine[-1])
+    hidden_BTD = adapters.widened(groups, hidden_BTD, combine[-1])
     return Output(hidden_BTD, logits, combine, residual, drops, cache)
 
 

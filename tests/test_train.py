@@ -430,4 +430,7 @@ def test_an_expert_that_adds_to_attention_goes_all_the_way(texts, tmp_path):
 
     denied = hidden(stitched.config, both, allowed_BE=jnp.array([[True, False]] * len(tokens)))
     alone = hidden(info.config, params)
-    np.testing.assert_array_equal(denied, alone)
+    width = info.config.d_model
+    np.testing.assert_array_equal(denied[..., :width], alone)
+    # What is beside it are the expert's inputs to the unembedding.
+    assert denied.shape[-1] == width + info.config.expert_head and not np.any(denied[..., width:])
