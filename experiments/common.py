@@ -88,7 +88,7 @@ PAPER_OPTIM = {
 PAPER_ROUTER_ROWS = 128
 
 
-# What experts may hold beyond their FFNs is agreed with the anchor: nothing, unless it is asked for.
+# What experts may hold beyond their FFNs is agreed with the anchor: nothing, unless asked for.
 EXPERT_HOLDS = {"expert_rank": 0, "expert_norms": False, "expert_head": 0}
 
 
