@@ -21,7 +21,7 @@ from flexolmo_jax.pods import compile as compiling
 from flexolmo_jax.pods.process import Request
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = ("anchor", "expert", "router", "joint")
+TRAINING = ("anchor", "expert", "rows", "router", "joint")
 
 
 def asked(config, topology, *, layers=0, **rest):
