@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from reference import cases
 from reference import numpy_olmo2 as ref
 
-from flexolmo_jax import layers, model, router, tree
+from flexolmo_jax import adapters, layers, model, router, tree
 
 # Off TPU, ragged_dot becomes one masked matmul per slot, and 0 * NaN of a slot that a row denies is
 # NaN. Finite contents are multiplied away exactly.
@@ -340,9 +340,7 @@ def others(grads, slot):
 )
 @pytest.mark.parametrize("dispatch", ["dense", "blocked"])
 def test_a_slot_that_all_rows_deny_changes_no_gradient(dispatch, more):
-    """Mutations: `router_ED` of unused slots not cleared; `_dense` without the inner `where`; what
-    an expert adds to attention multiplied by its weight before it is selected.
-    """
+    """Mutations: `router_ED` of unused slots not cleared; `_dense` without the inner `where`."""
     config, params, tokens, segments = setup(norm_placement="pre", n_active=3, **more)
     allowed, rows = np.array([[1, 1, 0, 1]] * 3, bool), np.ones(3, bool)
     args = (tokens, segments, allowed, rows)
@@ -391,7 +389,8 @@ def test_only_the_public_expert_left_is_the_anchor(more):
     config, params, tokens, segments = setup(norm_placement="pre", n_active=2, **more)
     allowed = np.array([[1, 0, 0, 0]] * 3, bool)
     got, _ = run(config, "dense", params, tokens, segments, allowed)
-    anchor = with_experts(params, lambda _, leaf: leaf[:, :1])
+    added = (*adapters.MATRICES, *adapters.SCALES)  # The public expert adds nothing.
+    anchor = with_experts(params, lambda name, leaf: leaf[:, :1] * (name not in added))
     dense = config.replace(n_slots=1, n_active=1)
     expected, _ = run(dense, "dense", anchor, tokens, segments, None)
     np.testing.assert_allclose(got, expected, atol=1e-5)
