@@ -13,9 +13,12 @@ Argument: size (tiny, 135m, 60m, 190m, 1b, 7b), data (directory with <domain>/tr
 come: document, or token as in the paper; empty takes the recipe's).
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from experiments import common
+from flexolmo_jax.config import AdapterConfig
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -33,7 +36,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if a.context:
         router["context"] = a.context
     config = common.base("anchor", a.size)
-    config.model = {**common.EXPERT_HOLDS, **model, "router": router}
+    # What experts may hold is agreed with the anchor: FFNs alone, unless it is asked for here.
+    adapters = dataclasses.asdict(AdapterConfig())
+    config.model = {**model, "router": router, "adapters": adapters}
     config.tokenizer = a.tokenizer
     domains = a.domains.split("+")
     config.data.sources = tuple(common.source(f"{a.data}/{d}/train", public=True) for d in domains)

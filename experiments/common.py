@@ -88,10 +88,6 @@ PAPER_OPTIM = {
 PAPER_ROUTER_ROWS = 128
 
 
-# What experts may hold beyond their FFNs is agreed with the anchor: nothing, unless asked for.
-EXPERT_HOLDS = {"expert_rank": 0, "expert_norms": False, "expert_head": 0}
-
-
 def parse_arg(arg: str, **defaults: bool | int | float | str) -> ConfigDict:
     """Reads "size=tiny,expert=code"; each value gets the type of its default.
 

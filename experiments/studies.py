@@ -9,7 +9,8 @@ Expect:  docs/results.md.
 Argument: suite, size (tiny), seeds, anchor (an existing one), quick.
 
 Suites: `main` trains the paper's recipe, ours, and every rival. `ablations` trains experts only:
-what each idea does on the way from the paper's recipe to ours, and the paper's own ablations.
+what each idea does on the way from the paper's recipe to ours, and the paper's own ablations;
+`held` is the part of it about what experts hold and rows that are tuned alone.
 What leaving, other numbers of active experts and fewer owners do needs no training and is scored
 in every suite; `opt-out` and `active-experts` score that alone, of ours and the paper's recipe.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 from experiments import common
 from flexolmo_jax import stages
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import AdapterConfig, ModelConfig
 from flexolmo_jax.errors import ConfigError, nearest
 from flexolmo_jax.study.design import Recipe, Study
 
@@ -43,8 +44,8 @@ RECIPES = {
         "document",
         SHARE,
         _LR,
-        head=64,
-        says="the default recipe of size tiny, experts that add to the unembedding (rank 64)",
+        adapters=AdapterConfig(head=64),
+        says="the recipe of size tiny, and experts add to the unembedding (rank 64)",
     ),
     "paper": Recipe(
         "token", 0.0, _PAPER, tuned=True, says="own text only, rows from document embeddings"
@@ -62,15 +63,27 @@ RECIPES = {
         (*_LR, "router_init.recalibrate=false"),
         says="and rows that start at a log density ratio with the public ruler",
     ),
-    "ffn": Recipe("document", SHARE, _LR, says="ours, experts of FFNs alone"),
-    "attention": Recipe(
-        "document", SHARE, _LR, rank=16, says="and they add to attention (rank 16)"
+    "ffn": Recipe(
+        "document", SHARE, _LR, says="ours, experts of FFNs alone: the default of size tiny"
     ),
-    "norms": Recipe("document", SHARE, _LR, norms=True, says="ffn, and they add to norms"),
+    "attention": Recipe(
+        "document",
+        SHARE,
+        _LR,
+        adapters=AdapterConfig(attention=16),
+        says="ffn, and they add to attention (rank 16)",
+    ),
+    "norms": Recipe(
+        "document",
+        SHARE,
+        _LR,
+        adapters=AdapterConfig(norms=True),
+        says="ffn, and they add to norms",
+    ),
     "rows-alone": Recipe(
         "document",
         SHARE,
-        head=64,
+        adapters=AdapterConfig(head=64),
         rows_of="ours",
         says="ours, each owner's rows tuned alone afterwards",
     ),
@@ -90,6 +103,7 @@ RECIPES = {
 SUITES = {
     "main": (("ours", "paper"), True),
     "ablations": (tuple(RECIPES), False),
+    "held": (("ours", "ffn", "rows-alone"), False),
     "opt-out": (("ours", "paper"), False),
     "active-experts": (("ours", "paper"), False),
 }
@@ -116,9 +130,8 @@ SIZES = {"tiny": TINY}
 def _unions(size: str, numbers: dict[str, Any]) -> dict[str, int]:
     """Steps of unrestricted mixtures that see as many tokens, or cost as many FLOPs, as experts."""
     config = ModelConfig(**common.sizes()[size]).replace(n_slots=len(CLOSED) + 1, n_active=2)
-    ours = RECIPES["ours"]
-    held = {"expert_rank": ours.rank, "expert_norms": ours.norms, "expert_head": ours.head}
-    expert = stages.flops_per_token(config.replace(**held), "expert", numbers["seq_len"])
+    held = config.replace(adapters=RECIPES["ours"].adapters)
+    expert = stages.flops_per_token(held, "expert", numbers["seq_len"])
     joint = stages.flops_per_token(config, "joint", numbers["seq_len"])
     steps = numbers["steps"]["owner"] * len(CLOSED)
     return {"union-data": steps, "union-flops": round(steps * expert / joint)}

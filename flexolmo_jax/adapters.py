@@ -21,18 +21,18 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.router import PUBLIC_SLOT
 
 Group = Mapping[str, jax.Array]
-PROJECTIONS = ("q", "k", "v", "o")
-MATRICES = tuple(f"{p}_{factor}" for p in (*PROJECTIONS, "head") for factor in "ab")
+MATRICES = tuple(f"{p}_{factor}" for p in ("q", "k", "v", "o", "head") for factor in "ab")
 # Not of a layer: their layer axis has one entry.
 HEAD = ("head_a", "head_b")
 SCALES = ("attention_scale", "ffn_scale")
+LEAVES = (*MATRICES, *SCALES)
 
 
 def shapes(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Leaf name to shape and logical axes of every slot's additions."""
     out = {}
     LE, layer_expert = (c.n_layers, c.n_slots), ("layer", "expert")
-    D, R, H = c.d_model, c.expert_rank, c.d_head
+    D, H, R, R_head = c.d_model, c.d_head, c.adapters.attention, c.adapters.head
     if R:
         for name, heads, axis in (
             ("q", c.n_heads, "heads"),
@@ -43,11 +43,11 @@ def shapes(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
             out[f"{name}_b"] = ((*LE, R, heads, H), (*layer_expert, "rank", axis, "head_dim"))
         out["o_a"] = ((*LE, c.n_heads, H, R), (*layer_expert, "heads", "head_dim", "rank"))
         out["o_b"] = ((*LE, R, D), (*layer_expert, "rank", "expert_embed"))
-    if c.expert_head:
+    if R_head:
         one = (1, c.n_slots)
-        out["head_a"] = ((*one, D, c.expert_head), (*layer_expert, "expert_embed", "rank"))
-        out["head_b"] = ((*one, c.expert_head, c.vocab_size), (*layer_expert, "rank", "vocab"))
-    if c.expert_norms:
+        out["head_a"] = ((*one, D, R_head), (*layer_expert, "expert_embed", "rank"))
+        out["head_b"] = ((*one, R_head, c.vocab_size), (*layer_expert, "rank", "vocab"))
+    if c.adapters.norms:
         for name in SCALES:
             out[name] = ((*LE, D), (*layer_expert, "norm"))
     return out
@@ -60,7 +60,7 @@ def size(c: ModelConfig) -> int:
 
 def first_gate(c: ModelConfig, shape: tuple[int, ...]) -> jax.Array | None:
     """Combine weights below the first layer: 0, as no router has judged yet; None if unused."""
-    return jnp.zeros(shape, jnp.float32) if c.expert_rank or c.expert_norms else None
+    return jnp.zeros(shape, jnp.float32) if c.adapters.attention or c.adapters.norms else None
 
 
 def drawn(group: Group, key: jax.Array) -> dict[str, jax.Array]:
@@ -116,7 +116,10 @@ def head(groups: Sequence[Any]) -> jax.Array | None:
     values are refused when they are read.
     """
     parts = [b_RV for _, (_, b_RV) in _slots(_heads(groups), *HEAD)]
-    return jnp.where(jnp.isfinite(all_ := jnp.concatenate(parts)), all_, 0) if parts else None
+    if not parts:
+        return None
+    added_RV = jnp.concatenate(parts)
+    return jnp.where(jnp.isfinite(added_RV), added_RV, 0)
 
 
 def layered(groups: Sequence[Any]) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ def layer(config: ModelConfig, run: Runtime, carry, layer_in, **kwargs):
 
     def norm(x, part, gate_BTE):
         scale = weights[f"{part}_norm"]
-        if config.expert_norms:
+        if config.adapters.norms:
             scale = adapters.scale(groups, f"{part}_scale", scale, gate_BTE)
         return layers.rms_norm(x, scale, config.norm_eps)
 
@@ -67,7 +67,7 @@ def _attention(
 
     def project(name, scale):
         y = jnp.einsum("BTD,DNH->BTNH", x_BTD, w[f"w_{name}"].astype(x_BTD.dtype))
-        if config.expert_rank:
+        if config.adapters.attention:
             y += adapters.project(groups, name, x_BTD, gate_BTE)
         y = keep(y, PROJECTION)
         if scale is not None:  # Over all heads together, or over each.
@@ -101,7 +101,7 @@ def _attention(
     else:
         out_BTNH = layers.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
     out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, w["w_o"].astype(x_BTD.dtype))
-    if config.expert_rank:
+    if config.adapters.attention:
         out_BTD += adapters.project(groups, "o", out_BTNH, gate_BTE, n_in=2)
     return keep(out_BTD, OUTPUT), new_cache
 

@@ -48,8 +48,31 @@ class RouterConfig:
     fallback: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What an expert holds beyond its FFNs, its router rows and its biases (see `adapters`).
+
+    Attributes:
+      attention: rank of what it adds to every attention projection; 0 is none, as in the paper.
+      head: rank of what it adds to the unembedding; 0 is none.
+      norms: whether it adds to the scales of both norms of a layer.
+    """
+
+    attention: int = 0
+    head: int = 0
+    norms: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.attention, self.head) < 0:
+            raise ConfigError(
+                "A rank is a whole number from 0",
+                got=f"attention={self.attention}, head={self.head}",
+                where="AdapterConfig",
+            )
+
+
 # Of `ModelConfig`: keys that the first models did not have.
-LATER_KEYS = ("expert_rank", "expert_norms", "expert_head")
+LATER_KEYS = ("adapters",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +88,7 @@ class ModelConfig:
       tied_embeddings: the unembedding is the embedding.
       n_slots: capacity of the expert axis, the public expert (slot 0) included.
       n_active: experts used per token, at most `n_slots`.
-      expert_rank: rank of what an expert adds to every attention projection (see `adapters`); 0
-        is the paper, where an expert is FFNs and router rows alone.
-      expert_norms: whether an expert adds to the scales of both norms of a layer.
-      expert_head: rank of what an expert adds to the unembedding; 0 is none.
+      adapters: what every expert holds beyond its FFN.
     """
 
     vocab_size: int
@@ -86,9 +106,7 @@ class ModelConfig:
     tied_embeddings: bool = False
     n_slots: int = 1
     n_active: int = 1
-    expert_rank: int = 0
-    expert_norms: bool = False
-    expert_head: int = 0
+    adapters: AdapterConfig = AdapterConfig()
     router: RouterConfig = RouterConfig()
 
     def __post_init__(self) -> None:
@@ -105,12 +123,6 @@ class ModelConfig:
                 "RoPE rotates pairs: d_head must be even",
                 got=self.d_head,
                 where="ModelConfig.d_head",
-            )
-        if min(self.expert_rank, self.expert_head) < 0:
-            raise ConfigError(
-                "A rank is a whole number from 0",
-                got=f"expert_rank={self.expert_rank}, expert_head={self.expert_head}",
-                where="ModelConfig",
             )
         if self.n_active > self.n_slots:
             raise ConfigError(
@@ -130,9 +142,12 @@ class ModelConfig:
         A key that came later is left out where it holds its default, so that files and digests of
         models that do without it stay what they were.
         """
-        fields = {f.name: f.default for f in dataclasses.fields(self)}
-        content = dataclasses.asdict(self)
-        return {k: v for k, v in content.items() if k not in LATER_KEYS or v != fields[k]}
+        unused = {
+            f.name
+            for f in dataclasses.fields(self)
+            if f.name in LATER_KEYS and getattr(self, f.name) == f.default
+        }
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
 
 
 @dataclasses.dataclass(frozen=True)

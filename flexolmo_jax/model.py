@@ -263,7 +263,7 @@ def unembedding(
 ) -> tuple[jax.Array, ...]:
     """The matrix [D, V] from hidden states to logits, and below it what experts add to it."""
     w_DV = shared["embed"]["embedding"].T if config.tied_embeddings else shared["unembed"]
-    added_RV = adapters.head(groups) if config.expert_head else None
+    added_RV = adapters.head(groups) if config.adapters.head else None
     return (w_DV,) if added_RV is None else (w_DV, added_RV)
 
 

@@ -26,7 +26,7 @@ ROUTER_LEAVES = ("router", "bias")
 # What of a group trains, in the stages that hold one; a bias that does not keeps its constant.
 TRAINED = {
     "anchor": moe.WEIGHTS,
-    "joint": (*moe.WEIGHTS, "router"),
+    "joint": (*moe.WEIGHTS, "router", *adapters.LEAVES),
     "rows": ROUTER_LEAVES,
     "router": ROUTER_LEAVES,
 }
@@ -55,19 +55,17 @@ def join(trainable: tree.Tree, frozen: tree.Tree) -> tree.Tree:
     return {"shared": {**trainable, **frozen}["shared"], "experts": experts}
 
 
-def upcycle(
-    anchor: tree.Tree, router_LD: jax.Array, bias: float, key: jax.Array | None = None
-) -> tree.Tree:
+def upcycle(anchor: tree.Tree, router_LD: jax.Array, bias: float, key: jax.Array) -> tree.Tree:
     """The expert that training starts from: a float32 copy of the public FFN with its own row.
 
     Args:
       router_LD: where the router rows start (see `experts.router_init`).
       bias: raw bias of every layer; the effective bias is -softplus of it.
-      key: draws what additions to attention start from; by default seed 0.
+      key: draws what adapters start from.
     """
     public = anchor["experts"]
     expert = {name: jnp.asarray(public[name], jnp.float32) for name in public}
-    expert = adapters.drawn(expert, jax.random.key(0) if key is None else key)
+    expert = adapters.drawn(expert, key)
     expert["router"] = jnp.asarray(router_LD, jnp.float32)[:, None, :]
     expert["bias"] = jnp.full_like(expert["bias"], bias)
     return expert

@@ -401,7 +401,7 @@ def _final_params(j: training_job.TrainingJob, params: tree.Tree) -> tree.Tree:
 
 def _recipe(j: training_job.TrainingJob) -> dict[str, Any]:
     """What an owner may tell of the training: numbers and names of methods, never paths."""
-    config = j.config
+    config, own = j.config, j.config.stage in stages.OWN_STAGES
     public = [s.weight for s in config.data.sources if s.public]
     total = sum(s.weight for s in config.data.sources)
     return {
@@ -410,14 +410,6 @@ def _recipe(j: training_job.TrainingJob) -> dict[str, Any]:
         "seq_len": config.data.seq_len,
         "batch_rows": config.data.batch_rows,
         "public_share": sum(public) / total,
-        **_starts_from(j),
+        **({"rows_of": j.rows_of} if j.rows_of else {}),
+        **({"starts_from": j.anchor.model_digest} if j.anchor and not own else {}),
     }
-
-
-def _starts_from(j: training_job.TrainingJob) -> dict[str, Any]:
-    """What the trained weights were before, where that is no new expert's anchor."""
-    if j.config.stage == "rows":
-        return {"rows_of": slices.read_slice_info(j.config.expert)[0].digest}
-    if j.anchor is None or j.config.stage == "expert":
-        return {}
-    return {"starts_from": j.anchor.model_digest}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flexolmo_jax import distributed, mesh, model, optim, placed, programs, stages, tree
+from flexolmo_jax import adapters, distributed, mesh, model, optim, placed, programs, stages, tree
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError, RefusedError
@@ -35,6 +35,7 @@ class TrainingJob:
       tokenizer: path of tokenizer.json.
       anchor: what the directory that the stage starts from says of itself, if it starts from one.
       slice_dtypes: leaf name to dtype of the anchor's public slice (stages of one owner).
+      rows_of: digest of the manifest of the finished expert (stage "rows").
     """
 
     config: RunConfig
@@ -45,6 +46,7 @@ class TrainingJob:
     tokenizer_digest: str
     anchor: model_info.ModelInfo | None = None
     slice_dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows_of: str = ""
 
     @property
     def model(self) -> ModelConfig:
@@ -142,25 +144,27 @@ def _drawn(config: ModelConfig, stage: str, key: jax.Array) -> tree.Tree:
         shape = params["experts"]["router"].shape
         rows = jax.random.truncated_normal(jax.random.fold_in(key, 1), -3.0, 3.0, shape)
         params["experts"]["router"] = model.INIT_STD * rows
+        params["experts"] = adapters.drawn(params["experts"], jax.random.fold_in(key, 2))
     return params
 
 
 def _own_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     """Stages of one owner beside the frozen anchor: a new expert, or the rows of a finished one."""
     info, program = _start(config, grid)
-    anchor = _load(config, program)
+    anchor, digest = _load(config, program), ""
     dtypes = {name: leaf.dtype for name, leaf in anchor["experts"].items()}
     if config.stage == "rows":
         with distributed.together("loading the expert"):
-            group = _finished_expert(config, info)
-        trained, kept = stages.split("rows", {**anchor, "experts": group})
-        frozen = {**kept, "public": anchor["experts"]}
+            digest, group = _finished_expert(config, info)
+        rows, kept = stages.split("rows", {**anchor, "experts": group})
         places = programs.shardings(program.arguments)
+        own = jax.tree.map(placed.put, kept["expert"], places["frozen"]["expert"])
+        frozen = {**kept, "public": anchor["experts"], "expert": own}
 
         def initial() -> tree.Tree:
-            return _put(trained, places["state"]["params"])
+            float32 = jax.tree.map(np.float32, rows)
+            return jax.tree.map(placed.put, float32, places["state"]["params"])
 
-        frozen["expert"] = _put(frozen["expert"], places["frozen"]["expert"])
     else:
         frozen, initial = stages.split("expert", anchor)[1], _new_expert(config, info, program)
     return _job(
@@ -171,11 +175,12 @@ def _own_job(config: RunConfig, grid: Mesh) -> TrainingJob:
         tokenizer=info.tokenizer_path,
         anchor=info,
         slice_dtypes=dtypes,
+        rows_of=digest,
     )
 
 
-def _finished_expert(config: RunConfig, info: model_info.ModelInfo) -> tree.Tree:
-    """The slice that `config.expert` names as a group of one slot, in NumPy arrays.
+def _finished_expert(config: RunConfig, info: model_info.ModelInfo) -> tuple[str, tree.Tree]:
+    """The slice that `config.expert` names: its digest, and a group of one slot in NumPy arrays.
 
     Raises:
       RefusedError: damaged, or made for another anchor.
@@ -192,17 +197,14 @@ def _finished_expert(config: RunConfig, info: model_info.ModelInfo) -> tree.Tree
             expected=piece.expert,
             where="RunConfig.expert_id",
         )
-    return tree.map_named(lambda _, leaf: leaf[:, None], leaves)
-
-
-def _put(leaves: tree.Tree, places: tree.Tree) -> tree.Tree:
-    """Arrays of this host, which all hosts have alike, on the mesh and float32 as they train."""
-    return jax.tree.map(lambda leaf, s: placed.put(np.float32(leaf), s), leaves, places)
+    return piece.digest, tree.map_named(lambda _, leaf: leaf[:, None], leaves)
 
 
 def _new_expert(
     config: RunConfig, info: model_info.ModelInfo, program: programs.Program
 ) -> Callable[[], tree.Tree]:
+    """Makes the expert that training starts from, when it is asked for."""
+
     def initial() -> tree.Tree:
         # Read once more, or a run that resumes would hold weights that it does not need.
         anchor = _load(config, program)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from experiments import common
 from flexolmo_jax import attention, model, moe, stages, tree
-from flexolmo_jax.config import ExecConfig, ModelConfig
+from flexolmo_jax.config import AdapterConfig, ExecConfig, ModelConfig
 from flexolmo_jax.errors import ConfigError
 
 SIZES = {
@@ -19,7 +19,7 @@ SIZES = {
     "tied": toy.config(tied_embeddings=True),
     "no QK norm": toy.config(qk_norm="none"),
     "QK norm per head": toy.config(qk_norm="head"),
-    "experts of more than FFNs": toy.config(expert_rank=4, expert_norms=True, expert_head=2),
+    "experts of more than FFNs": toy.config(adapters=AdapterConfig(4, 2, True)),
 }
 BILLION = 1e9
 
@@ -31,8 +31,11 @@ def counts(c):
     norms = 2 * c.d_model + {"full": query + key, "head": 2 * c.d_head, "none": 0}[c.qk_norm]
     tables = (1 if c.tied_embeddings else 2) * c.vocab_size * c.d_model
     shared = c.n_layers * (attention + norms) + tables + c.d_model
-    added = c.expert_rank * (4 * c.d_model + 2 * (query + key)) + 2 * c.d_model * c.expert_norms
-    added += c.expert_head * (c.d_model + c.vocab_size) / c.n_layers
+    added = (
+        c.adapters.attention * (4 * c.d_model + 2 * (query + key))
+        + 2 * c.d_model * c.adapters.norms
+    )
+    added += c.adapters.head * (c.d_model + c.vocab_size) / c.n_layers
     ffn = 3 * c.d_model * c.d_ffn
     return shared, c.n_layers * (ffn + added), c.n_layers * (c.d_model + 1)
 

@@ -17,6 +17,7 @@ from reference import cases
 from reference import numpy_olmo2 as ref
 
 from flexolmo_jax import adapters, layers, model, router, tree
+from flexolmo_jax.config import AdapterConfig
 
 # Off TPU, ragged_dot becomes one masked matmul per slot, and 0 * NaN of a slot that a row denies is
 # NaN. Finite contents are multiplied away exactly.
@@ -252,6 +253,8 @@ def test_two_identical_experts_equal_the_dense_anchor(changes):
 
 # --- Opt-out ----------------------------------------------------------------------------------
 
+# Experts that hold more than FFNs.
+MORE = {"adapters": AdapterConfig(attention=2, head=2, norms=True)}
 NON_FINITE = [np.nan, np.inf, -np.inf]
 MIXED = np.array([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 0]], bool)  # Row 1 uses slot 2.
 DENYING = np.array([0, 2])
@@ -298,7 +301,7 @@ def test_a_denied_slot_may_hold_anything_where_public_takes_the_rest(dispatch):
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_a_denied_slot_may_hold_anything_beyond_its_ffn(placement):
     """Mutations: `adapters.project` without its last selection; `adapters.scale` without any."""
-    more = {"expert_rank": 2, "expert_norms": True, "expert_head": 2, "norm_placement": placement}
+    more = {**MORE, "norm_placement": placement}
     check_denial("dense", [*NON_FINITE, 0.0], context="document", **more)
 
 
@@ -335,9 +338,7 @@ def others(grads, slot):
     return tree.flatten({"shared": grads["shared"], "experts": experts})
 
 
-@pytest.mark.parametrize(
-    "more", [{}, {"expert_rank": 2, "expert_norms": True, "expert_head": 2}], ids=str
-)
+@pytest.mark.parametrize("more", [{}, MORE], ids=str)
 @pytest.mark.parametrize("dispatch", ["dense", "blocked"])
 def test_a_slot_that_all_rows_deny_changes_no_gradient(dispatch, more):
     """Mutations: `router_ED` of unused slots not cleared; `_dense` without the inner `where`."""
@@ -379,9 +380,7 @@ def test_more_active_than_allowed_clamps(dispatch):
     assert ((combine > 0).sum(axis=-1) == 2).all()
 
 
-@pytest.mark.parametrize(
-    "more", [{}, {"expert_rank": 2, "expert_norms": True, "expert_head": 2}], ids=str
-)
+@pytest.mark.parametrize("more", [{}, MORE], ids=str)
 def test_only_the_public_expert_left_is_the_anchor(more):
     """Mutations: softmax over all slots (pre-norm: the sum of the weights shows); `adapters` that
     reads slot 0.
@@ -389,8 +388,8 @@ def test_only_the_public_expert_left_is_the_anchor(more):
     config, params, tokens, segments = setup(norm_placement="pre", n_active=2, **more)
     allowed = np.array([[1, 0, 0, 0]] * 3, bool)
     got, _ = run(config, "dense", params, tokens, segments, allowed)
-    added = (*adapters.MATRICES, *adapters.SCALES)  # The public expert adds nothing.
-    anchor = with_experts(params, lambda name, leaf: leaf[:, :1] * (name not in added))
+    # The public expert adds nothing.
+    anchor = with_experts(params, lambda name, x: x[:, :1] * (name not in adapters.LEAVES))
     dense = config.replace(n_slots=1, n_active=1)
     expected, _ = run(dense, "dense", anchor, tokens, segments, None)
     np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -20,6 +20,7 @@ from reference import cases
 from reference import numpy_olmo2 as ref
 
 from flexolmo_jax import loss, model, tree
+from flexolmo_jax.config import AdapterConfig
 
 LN = np.log
 
@@ -180,24 +181,22 @@ CASES = {
         cases.config_with(context="document", norm_placement="pre", fallback=True),
         "some",
     ),
-    "experts add to attention": (cases.config_with(expert_rank=3), None),
+    "experts add to attention": (cases.config_with(adapters=AdapterConfig(attention=3)), None),
     "experts add to all, all active": (
-        cases.config_with(expert_rank=2, expert_norms=True, expert_head=3, n_active=4),
+        cases.config_with(adapters=AdapterConfig(2, 3, True), n_active=4),
         None,
     ),
     "experts add to norms, pre": (
-        cases.config_with(expert_norms=True, norm_placement="pre"),
+        cases.config_with(adapters=AdapterConfig(norms=True), norm_placement="pre"),
         None,
     ),
     "experts add to a tied unembedding": (
-        cases.config_with(expert_head=2, tied_embeddings=True, context="document"),
+        cases.config_with(adapters=AdapterConfig(head=2), tied_embeddings=True, context="document"),
         None,
     ),
     "rows deny experts that add, document": (
         cases.config_with(
-            expert_rank=3,
-            expert_norms=True,
-            expert_head=2,
+            adapters=AdapterConfig(3, 2, True),
             norm_placement="pre",
             context="document",
         ),

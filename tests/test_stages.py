@@ -11,13 +11,14 @@ import pytest
 import toy
 
 from flexolmo_jax import adapters, mesh, model, moe, optim, programs, router, stages, step, tree
-from flexolmo_jax.config import DataConfig, ExecConfig, OptimConfig, RunConfig
+from flexolmo_jax.config import AdapterConfig, DataConfig, ExecConfig, OptimConfig, RunConfig
 from flexolmo_jax.errors import ConfigError
 
+KEY = jax.random.key(0)
 OPTIM = OptimConfig(peak_lr=3e-3, total_steps=8, warmup_steps=2, load_balance=0.01)
 CONFIGS = {
     "anchor": toy.config(n_slots=1, n_active=1),
-    "expert": toy.config(n_slots=1, n_active=1, expert_rank=2, expert_norms=True, expert_head=2),
+    "expert": toy.config(n_slots=1, n_active=1, adapters=AdapterConfig(2, 2, True)),
     "rows": toy.config(n_slots=1, n_active=1),
     "router": toy.CONFIG,
     "joint": toy.CONFIG,
@@ -170,7 +171,7 @@ def test_what_each_stage_costs_per_token():
     assert stages.flops_per_token(c, "router", 32) == 4 * used + 3 * score
     assert stages.flops_per_token(c, "eval", 32) == 2 * used + score
     # Two of two experts of rank 2, of which one adds to attention, and is trained.
-    c = toy.config(n_slots=1, n_active=1, expert_rank=2)
+    c = toy.config(n_slots=1, n_active=1, adapters=AdapterConfig(attention=2))
     added = 2 * 2 * (3 * 16 + 32 + 16 + 16 + 32 + 16)
     used = 2 * ffn + attention + unembed + added
     assert stages.flops_per_token(c, "rows", 32) == 4 * used + 3 * score
@@ -193,11 +194,10 @@ def test_an_expert_starts_from_the_anchor_and_adds_nothing_yet():
     """What it adds is zero, and has a gradient."""
     c = CONFIGS["expert"]
     params = toy.params(c)
-    added = [*adapters.MATRICES, *adapters.SCALES]
-    public = params["experts"] | {n: jnp.zeros_like(params["experts"][n]) for n in added}
-    expert = stages.upcycle({"experts": public}, jnp.zeros((c.n_layers, c.d_model)), 0.0)
+    public = params["experts"] | {n: jnp.zeros_like(params["experts"][n]) for n in adapters.LEAVES}
+    expert = stages.upcycle({"experts": public}, jnp.zeros((c.n_layers, c.d_model)), 0.0, KEY)
     assert all(np.any(expert[n]) == (n[-2:] == "_a") for n in adapters.MATRICES)
-    again = stages.upcycle({"experts": public}, jnp.zeros((c.n_layers, c.d_model)), 0.0)
+    again = stages.upcycle({"experts": public}, jnp.zeros((c.n_layers, c.d_model)), 0.0, KEY)
     assert tree.digests(again) == tree.digests(expert)
     trainable = {"expert": expert}
     frozen = {"shared": params["shared"], "public": public}

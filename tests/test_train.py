@@ -29,6 +29,7 @@ from flexolmo_jax import (
     tree,
 )
 from flexolmo_jax.config import (
+    AdapterConfig,
     DataConfig,
     ExecConfig,
     ModelConfig,
@@ -51,7 +52,7 @@ def expert_parts(optimizer_config=OPTIM):
     anchor = toy.params(toy.config(n_slots=1, n_active=1))
     frozen = {"shared": anchor["shared"], "public": anchor["experts"]}
     row = 0.1 * jax.random.normal(jax.random.key(5), (c.n_layers, c.d_model))
-    params = {"expert": stages.upcycle(anchor, row, bias=-2.0)}
+    params = {"expert": stages.upcycle(anchor, row, -2.0, jax.random.key(0))}
     tx = optim.make_optimizer(optimizer_config, params)
     state = {"params": params, "opt": tx.init(params), "step": jnp.int32(0)}
     run = functools.partial(
@@ -411,17 +412,17 @@ def test_rows_of_another_expert_or_anchor_are_refused(texts, anchor, expert, tmp
 
 def test_an_expert_that_adds_to_attention_goes_all_the_way(texts, tmp_path):
     """Trained, packaged, stitched, denied: the anchor's bits are back."""
-    agreed = anchor_config(texts).model.replace(expert_rank=2, expert_norms=True, expert_head=2)
+    agreed = anchor_config(texts).model.replace(adapters=AdapterConfig(2, 2, True))
     train.fit(anchor_config(texts, model=agreed), tmp_path / "run")
     package.package(tmp_path / "run", tmp_path / "anchor")
     info, params, _ = model_dir.load_model(tmp_path / "anchor")
-    assert not any(np.any(params["experts"][n]) for n in (*adapters.MATRICES, *adapters.SCALES))
+    assert not any(np.any(params["experts"][n]) for n in adapters.LEAVES)
     train.fit(expert_config(texts, tmp_path / "anchor"), tmp_path / "w")
     package.package(tmp_path / "w", tmp_path / "slice")
     stitch.execute(stitch.plan(tmp_path / "anchor", [tmp_path / "slice"]), tmp_path / "model")
     stitched, both, _ = model_dir.load_model(tmp_path / "model")
-    assert stitched.config.expert_rank == 2
-    assert all(np.any(both["experts"][n][:, 1]) for n in (*adapters.MATRICES, *adapters.SCALES))
+    assert stitched.config.adapters == agreed.adapters
+    assert all(np.any(both["experts"][n][:, 1]) for n in adapters.LEAVES)
     tokens = toy.batch(vocab=32)["tokens"]
 
     def hidden(config, params, **kwargs):
@@ -433,4 +434,4 @@ def test_an_expert_that_adds_to_attention_goes_all_the_way(texts, tmp_path):
     width = info.config.d_model
     np.testing.assert_array_equal(denied[..., :width], alone)
     # What is beside it are the expert's inputs to the unembedding.
-    assert denied.shape[-1] == width + info.config.expert_head and not np.any(denied[..., width:])
+    assert denied.shape[-1] == width + info.config.adapters.head and not np.any(denied[..., width:])

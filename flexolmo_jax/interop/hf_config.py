@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexolmo_jax import tree as trees
-from flexolmo_jax.config import ModelConfig, RouterConfig, from_dict
+from flexolmo_jax.config import AdapterConfig, ModelConfig, RouterConfig, from_dict
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError, nearest
 
 NAME = "config.json"
@@ -330,9 +330,9 @@ def architecture_for(config: ModelConfig, where: str = "") -> Architecture:
             "the router judges a document (router.context is 'document'); every class of "
             "transformers judges each token alone: train the experts with context=token"
         )
-    if not dense and (config.expert_rank or config.expert_norms or config.expert_head):
+    if not dense and config.adapters != AdapterConfig():
         reasons.append(
-            "its experts hold more than FFNs (expert_rank, expert_norms, expert_head); in every "
+            "its experts hold more than FFNs (model.adapters); in every "
             "class of transformers an expert is an FFN: train them beside an anchor without"
         )
     every = config.n_active == config.n_slots

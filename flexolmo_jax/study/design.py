@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from flexolmo_jax.config import EXPERT_ID, from_dict
+from flexolmo_jax.config import EXPERT_ID, AdapterConfig, from_dict
 from flexolmo_jax.errors import ConfigError
 
 
@@ -18,8 +18,7 @@ class Recipe:
       context: what the router judges, "document" or "token" (the paper).
       public_share: of public text in an expert's batches.
       overrides: `KEY=VALUE` of the expert's configuration.
-      rank, norms, head: what an expert holds beyond its FFN (`ModelConfig.expert_rank`,
-        `expert_norms`, `expert_head`).
+      adapters: what an expert holds beyond its FFN.
       rows_of: the recipe whose finished experts it takes, with rows that each owner tunes alone
         afterwards; what trains an expert is then that recipe's.
       tuned: tune the router afterwards as the paper does, on proxies and public text.
@@ -29,9 +28,7 @@ class Recipe:
     context: str
     public_share: float
     overrides: tuple[str, ...] = ()
-    rank: int = 0
-    norms: bool = False
-    head: int = 0
+    adapters: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     rows_of: str = ""
     tuned: bool = False
     says: str = ""
@@ -39,8 +36,8 @@ class Recipe:
     @property
     def agreed(self) -> str:
         """Name of the anchor that its experts agree on: one for every set of choices above."""
-        held = {"rank": self.rank, "norms": int(self.norms), "head": self.head}
-        return "-".join([self.context, *(f"{name}{n}" for name, n in held.items() if n)])
+        held = dataclasses.asdict(self.adapters).items()
+        return "-".join([self.context, *(f"{name}{int(n)}" for name, n in held if n)])
 
 
 @dataclasses.dataclass(frozen=True)

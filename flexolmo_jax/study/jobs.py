@@ -137,7 +137,8 @@ class _Maker:
         models = [self.at.model(name, seed) for name in mixed]
         finals = [Path(out) for job in trained for out in job.outputs if job.state]
         names = tuple(job.name for job in trained)
-        jobs = list(trained)
+        # Two recipes may tune rows of the same experts, which are packaged once.
+        jobs = list({job.name: job for job in trained}.values())
         if mixed:
             jobs.append(
                 self._study_job(

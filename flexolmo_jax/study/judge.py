@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax import adapters, inference, model, stages, tree
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import AdapterConfig, ModelConfig
 from flexolmo_jax.data import shards
 from flexolmo_jax.experts import model_dir
 from flexolmo_jax.experts import slice as slices
@@ -23,7 +23,6 @@ from flexolmo_jax.study.design import Study
 from flexolmo_jax.study.jobs import RIVAL, UNIONS, Layout
 from flexolmo_jax.study.rivals import Method, choose
 from flexolmo_jax.study.scorer import Losses, Scorer, read_text
-from flexolmo_jax.study.starts import FFN_ALONE
 
 Say = Callable[[str], None]
 # Active experts that a mixture may choose among.
@@ -241,11 +240,11 @@ def recipe_of(study: Study, name: str) -> str:
 def train_flops(study: Study, config: ModelConfig, name: str) -> float:
     """FLOPs of all training beyond the anchor's that a method needs, over all owners.
 
-    Args:
-      config: of the recipe's experts, else of the anchor.
-
     Counted as `stages.flops_per_token` does: no recomputation, no weight gradient of what is
     frozen.
+
+    Args:
+      config: of the recipe's experts, else of the anchor.
     """
     owners, tokens = len(study.closed), study.owner_tokens
     router_tokens = study.steps["router"] * study.batch_rows * study.seq_len
@@ -271,7 +270,7 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
 
 def active_params(config: ModelConfig, method: Method, kind: str) -> int:
     """Parameters that a token passes through, embeddings counted once per model."""
-    one = config.replace(n_slots=1, n_active=1, **FFN_ALONE)
+    one = config.replace(n_slots=1, n_active=1, adapters=AdapterConfig())
     dense = tree.count(model.abstract_params(one))
     if kind == "dense":
         return dense * method.forward

@@ -8,14 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from flexolmo_jax import tree
-from flexolmo_jax.config import DataConfig, ModelConfig, RouterInitConfig, RunConfig, SourceConfig
+from flexolmo_jax.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    RouterInitConfig,
+    RunConfig,
+    SourceConfig,
+)
 from flexolmo_jax.experts import model_dir, model_info, router_init
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.model import INIT_STD, NO_BIAS
 from flexolmo_jax.study import weights
 from flexolmo_jax.study.design import Recipe
 
-FFN_ALONE = {"expert_rank": 0, "expert_norms": False, "expert_head": 0}
 NOTHING_TRAINED = {"steps": 0, "tokens": 0, "seed": 0}
 
 
@@ -31,12 +37,7 @@ def agreed(anchor: Path, out: Path, recipe: Recipe, public: Sequence[Path]) -> m
     """
     info, params, _ = model_dir.load_model(anchor)
     router = dataclasses.replace(info.config.router, context=recipe.context)
-    config = info.config.replace(
-        router=router,
-        expert_rank=recipe.rank,
-        expert_norms=recipe.norms,
-        expert_head=recipe.head,
-    )
+    config = info.config.replace(router=router, adapters=recipe.adapters)
     piece = _holding(slices.take_slot(params["experts"], 0), config)
     if recipe.context == "token":
         run = RunConfig(
@@ -69,8 +70,9 @@ def mixture(
     """
     info = model_info.read_info(anchor)
     router = dataclasses.replace(info.config.router, context="token")
-    config = info.config.replace(n_slots=len(experts), n_active=n_active, router=router)
-    config = config.replace(**FFN_ALONE)
+    config = info.config.replace(
+        n_slots=len(experts), n_active=n_active, router=router, adapters=AdapterConfig()
+    )
     rng = np.random.default_rng(seed)
 
     def drawn(piece: tree.Tree) -> tree.Tree:

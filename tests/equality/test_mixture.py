@@ -14,6 +14,7 @@ import pytest
 import toy
 
 from flexolmo_jax import attention, loss, mesh, model, moe, router, sharding, tree
+from flexolmo_jax.config import AdapterConfig
 
 TOLERANCE = 1e-5
 
@@ -121,7 +122,7 @@ def test_a_slot_that_another_row_uses_may_hold_anything(dispatch):
 
 
 # Experts of FFNs alone, and experts that add to attention and norms.
-MORE = [{}, {"expert_rank": 3, "expert_norms": True, "expert_head": 2}]
+MORE = [{}, {"adapters": AdapterConfig(attention=3, head=2, norms=True)}]
 
 
 @pytest.mark.parametrize("more", MORE, ids=str)

@@ -132,7 +132,7 @@ def steps(stage: str) -> list[dict[str, float]]:
         params, frozen = stages.split("anchor", anchor)
     else:
         row = np.random.default_rng(5).standard_normal((c.n_layers, c.d_model))
-        params = {"expert": stages.upcycle(anchor, row, bias=-2.0)}
+        params = {"expert": stages.upcycle(anchor, row, -2.0, jax.random.key(0))}
         frozen = {"shared": anchor["shared"], "public": anchor["experts"]}
     tx = optim.make_optimizer(OPTIM, params)
     state = {"params": params, "opt": tx.init(params), "step": jnp.int32(0)}

@@ -53,13 +53,13 @@ def shapes(c):
     if not c.tied_embeddings:
         shared["unembed"] = (D, V)
     experts = {"w_gate": (L, E, D, F), "w_up": (L, E, D, F), "w_down": (L, E, F, D)}
-    if R := c.expert_rank:
+    if R := c.adapters.attention:
         experts |= {f"{p}_a": (L, E, D, R) for p in "qkv"} | {"o_a": (L, E, N, H, R)}
         experts |= {"q_b": (L, E, R, N, H), "k_b": (L, E, R, K, H), "v_b": (L, E, R, K, H)}
         experts["o_b"] = (L, E, R, D)
-    if R := c.expert_head:
+    if R := c.adapters.head:
         experts |= {"head_a": (1, E, D, R), "head_b": (1, E, R, V)}
-    if c.expert_norms:
+    if c.adapters.norms:
         experts |= {"attention_scale": (L, E, D), "ffn_scale": (L, E, D)}
     return {"shared": shared, "experts": experts | {"router": (L, E, D), "bias": (L, E)}}
 
