@@ -7,7 +7,7 @@ Purpose: a row that knows what its expert has become. Each owner tunes its own a
     together, which experiments/router.py does; leaving is then not exact any more.)
 Command: flexolmo train --config experiments/rows.py:size=tiny,expert=code,\\
     anchor=runs/demo/anchor,slice=runs/demo/slices/code --workdir runs/rows/code
-Cost:    tiny: half a minute on two CPU cores.
+Cost:    tiny: one or two minutes on two CPU cores for 60 steps.
 Expect:  tiny: nothing, where rows were trained with their expert already (docs/results.md).
 Differs from the expert: only router rows and biases train; a new slice comes out, with the same
     FFN bit for bit.
