@@ -13,15 +13,18 @@ what each idea does on the way from the paper's recipe to ours, and the paper's 
 `held` is the part of it about what experts hold and rows that are tuned alone.
 What leaving, other numbers of active experts and fewer owners do needs no training and is scored
 in every suite; `opt-out` and `active-experts` score that alone, of ours and the paper's recipe.
+`scaling` has sixteen owners, two or three to a domain, who join in several orders; `overlap` has
+second owners of news and code whose text is their own, half of the first one's, or all of it.
 """
 
+import random
 from typing import Any
 
 from experiments import common
 from flexolmo_jax import stages
 from flexolmo_jax.config import AdapterConfig, ModelConfig
 from flexolmo_jax.errors import ConfigError, nearest
-from flexolmo_jax.study.design import Recipe, Study
+from flexolmo_jax.study.design import Owner, Recipe, Study
 
 CLOSED = ("code", "news", "legal", "government", "academic", "religious")
 UNSEEN = ("math", "biomed")
@@ -106,7 +109,52 @@ SUITES = {
     "held": (("ours", "ffn", "rows-alone"), False),
     "opt-out": (("ours", "paper"), False),
     "active-experts": (("ours", "paper"), False),
+    "scaling": (("ffn",), False),
+    "overlap": (("ffn",), False),
 }
+
+# ---- Owners: one to a domain, but for the suites about more of them. --------------------------
+ALONE = {domain: Owner(domain) for domain in CLOSED}
+
+
+def _thirds(domain: str) -> dict[str, Owner]:
+    return {f"{domain}-{n + 1}": Owner(domain, (2 * n, 2 * n + 1), of=6) for n in range(3)}
+
+
+def _halves(domain: str) -> dict[str, Owner]:
+    return {f"{domain}-{n + 1}": Owner(domain, tuple(range(3 * n, 3 * n + 3)), 6) for n in range(2)}
+
+
+SIXTEEN = {
+    **_thirds("code"),
+    **_thirds("news"),
+    **_thirds("legal"),
+    **_thirds("government"),
+    **_halves("academic"),
+    **_halves("religious"),
+}
+FIRSTS = tuple(f"{domain}-1" for domain in CLOSED)
+TWICE = ("code", "news")
+SHARED = {
+    **{name: SIXTEEN[name] for name in (*FIRSTS, *(f"{d}-2" for d in TWICE))},
+    **{f"{d}-half": Owner(d, (1, 2), of=6) for d in TWICE},
+    **{f"{d}-same": Owner(d, (0, 1), of=6) for d in TWICE},
+}
+OWNERS = {"scaling": SIXTEEN, "overlap": SHARED}
+
+
+def _orders(suite: str) -> dict[str, tuple[str, ...]]:
+    """Orders in which the owners of a suite join."""
+    names = tuple(OWNERS.get(suite, ALONE))
+    if suite == "overlap":
+        second = {"apart": "2", "half shared": "half", "all shared": "same"}
+        return {k: (*FIRSTS, *(f"{d}-{v}" for d in TWICE)) for k, v in second.items()}
+    orders = {"as listed": names, "backwards": names[::-1]}
+    if suite == "scaling":
+        orders["domains in turn"] = tuple(sorted(names, key=lambda n: n.rpartition("-")[2]))
+        orders["shuffled"] = tuple(random.Random(0).sample(names, len(names)))
+    return orders
+
 
 # ---- Numbers of a size. -----------------------------------------------------------------------
 TINY = {
@@ -156,6 +204,9 @@ def get_study(arg: str = "") -> Study:
         anchor=a.anchor,
         public=common.PUBLIC,
         closed=CLOSED,
+        owners=OWNERS.get(a.suite, ALONE),
+        orders=_orders(a.suite),
+        together=1 if a.suite in OWNERS else 2,
         unseen=UNSEEN,
         recipes={name: RECIPES[name] for name in recipes},
         rivals=rivals,

@@ -35,13 +35,15 @@ from flexolmo_jax.study import (
     summary,
     weights,
 )
-from flexolmo_jax.study.design import Recipe
+from flexolmo_jax.study.design import Owner, Recipe
 
 STUDY = dataclasses.replace(
     studies.get_study("seeds=2,quick=true"),
     public=("wiki",),
     closed=("code", "news"),
     unseen=("math",),
+    owners={d: Owner(d) for d in ("code", "news")},
+    orders={"as listed": ("code", "news")},
 )
 
 
@@ -67,7 +69,7 @@ def test_every_suite_is_a_plan_whose_jobs_can_run(suite, tmp_path):
     study = studies.get_study(f"suite={suite},seeds=2")
     plan = jobs.plan(study, tmp_path, "assets")
     ordered = order(plan)
-    recipes, owners = len(study.recipes), len(study.closed)
+    recipes, owners = len(study.recipes), len(study.owners)
     trained = [j for j in ordered if j.name.startswith("train:")]
     tuned = sum(r.tuned for r in study.recipes.values())
     rivals = owners + 4 if study.rivals else 0  # dense models, public, two unions, btx
@@ -361,7 +363,7 @@ def test_training_flops():
             "unrestricted-data",
         )
     }
-    tokens, owners = STUDY.owner_tokens, len(STUDY.closed)
+    tokens, owners = STUDY.owner_tokens, len(STUDY.owners)
     one = C.replace(n_slots=1, n_active=1)
     each = stages.flops_per_token(one, "anchor", STUDY.seq_len)
     assert flops["anchor"] == 0 and flops["dense-code"] == tokens * each
@@ -412,7 +414,7 @@ def fake_scores(seed):
         "pairs": {d: {"wiki": 2.0, d: 1.4} for d in STUDY.closed},
         "active": {"1": even(1.9), "2": even(1.5)},
         "active_fallback": {"1": even(2.0), "2": even(1.5)},
-        "owners": {"0": even(2.0), "1": even(1.7), "2": even(1.5)},
+        "owners": {"as listed": {"0": even(2.0), "1": even(1.7), "2": even(1.5)}},
         "opt_out": opt_out,
         "opt_out_fallback": opt_out,
         "part": even(2.0),
@@ -464,6 +466,11 @@ def test_the_page_shows_every_method(tmp_path):
         assert f"| {method} |" in text and f"<td>{method}</td>" in html
     assert html.count("<svg") == 1 + 3 * len(STUDY.recipes)
     assert "&lt;here&gt;" in html and "nan" not in text
+    for n, value, last in (
+        (0, "2.000 ± 0.000", "nobody: the anchor"),
+        (2, "1.500 ± 0.000", "news"),
+    ):
+        assert f"| ours | as listed | {n} | {' | '.join([value] * 3)} | {last} |" in text
     assert not math.isnan(content["summary"]["ours"]["mean_unseen"]["mean"])
     assert {p.name for p in tmp_path.glob("*.svg")} >= {
         "results-main-methods.svg",
@@ -474,7 +481,9 @@ def test_the_page_shows_every_method(tmp_path):
 # Seen to fail while the level was the anchor's mean over all held-out rows.
 def test_curves_stand_beside_the_anchor_on_the_same_rows(monkeypatch):
     scores = fake_scores(0)
-    scores["recipes"]["ours"]["owners"]["0"] = dict.fromkeys(scores["methods"]["ours"]["bpb"], 2.3)
+    scores["recipes"]["ours"]["owners"]["as listed"]["0"] = dict.fromkeys(
+        scores["methods"]["ours"]["bpb"], 2.3
+    )
     drawn = {}
     monkeypatch.setattr(page.charts, "lines", lambda title, *rest: drawn.setdefault(title, rest))
     page.plots(STUDY, run.collect(STUDY, [scores]))

@@ -41,6 +41,23 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class Owner:
+    """Whose text: a closed domain, or the documents of it whose number modulo `of` is in `parts`.
+
+    Parts of two owners of one domain may overlap.
+    """
+
+    domain: str
+    parts: tuple[int, ...] = (0,)
+    of: int = 1
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the parts are some, and parts that there are."""
+        return bool(self.parts) and all(0 <= part < self.of for part in self.parts)
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """One study.
 
@@ -49,6 +66,9 @@ class Study:
       seeds: every method is trained with the seeds 0, 1, ...; the anchor is trained once.
       anchor: an existing anchor, or "" to train one. Its tokenizer is used.
       public, closed, unseen: corpora; nobody trains on the last.
+      owners: name to its text; every expert, and every dense model, has one owner.
+      orders: name to an order in which owners join.
+      together: owners who leave at once, at most.
       rivals: whether dense models, what is made of them, and unrestricted mixtures are trained.
       bytes: text per corpus: "public", "closed" (training), "heldout".
       steps: optimizer steps: "anchor", "owner" (each expert and each dense model), "router";
@@ -68,6 +88,9 @@ class Study:
     public: tuple[str, ...]
     closed: tuple[str, ...]
     unseen: tuple[str, ...]
+    owners: Mapping[str, Owner]
+    orders: Mapping[str, tuple[str, ...]]
+    together: int
     recipes: Mapping[str, Recipe]
     rivals: bool
     bytes: Mapping[str, int]
@@ -87,9 +110,24 @@ class Study:
             raise ConfigError(
                 "The recipe whose experts are tuned is not part of the study", got=", ".join(lost)
             )
-        bad = [name for name in self.recipes if not EXPERT_ID.fullmatch(name)]
+        bad = [n for n in (*self.recipes, *self.owners) if not EXPERT_ID.fullmatch(n)]
         if bad:
-            raise ConfigError("Not a name for a recipe", got=", ".join(bad), where=self.suite)
+            raise ConfigError(
+                "Not a name for a recipe or an owner", got=", ".join(bad), where=self.suite
+            )
+        for name, whose in self.owners.items():
+            if whose.domain not in self.closed or not whose.has_parts:
+                raise ConfigError(
+                    f"The owner {name!r} has no text",
+                    got=whose,
+                    expected=f"parts below `of` of one of {', '.join(self.closed)}",
+                    where=self.suite,
+                )
+        strangers = {n for order in self.orders.values() for n in order} - set(self.owners)
+        if strangers:
+            raise ConfigError(
+                "Somebody joins who is no owner", got=", ".join(sorted(strangers)), where=self.suite
+            )
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -47,6 +47,13 @@ class Layout:
         """Token shards."""
         return self.root / "data" / domain / split
 
+    def own(self, owner: str) -> Path:
+        """The folder of an owner's training text."""
+        whose = self.study.owners[owner]
+        if whose.of == 1:
+            return self.data(whose.domain, "train").parent
+        return self.start("owners") / owner
+
     def run(self, kind: str, name: str, seed: int) -> Path:
         """Workdir of a training: of an owner by a recipe, or of a rival."""
         return self.root / "runs" / f"{kind}-{name}-s{seed}"
@@ -114,23 +121,25 @@ class _Maker:
 
     def starts(self) -> list[Job]:
         made = [self.at.start(name) for name in (*self.at.anchors, "union")]
-        made += [self.at.start("proxies") / d for d in self._tuned_domains()]
+        made += [self.at.start("proxies") / o for o in self._tuned_owners()]
+        made += [self.at.own(o) for o, whose in self.study.owners.items() if whose.of > 1]
         shards = [self.at.data(d, "train") for d in (*self.study.public, *self.study.closed)]
         needs = tuple(f"prepare:{p.parent.name}:train" for p in shards)
         needs += () if self.study.anchor else ("package:anchor",)
         inputs = [self.at.anchor, *shards]
         return [self._study_job("starts", "starts", needs, inputs, made, expected=60)]
 
-    def _tuned_domains(self) -> tuple[str, ...]:
+    def _tuned_owners(self) -> tuple[str, ...]:
         tuned = any(r.tuned for r in self.study.recipes.values())
-        return self.study.closed if tuned else ()
+        return tuple(self.study.owners) if tuned else ()
 
     def seed(self, seed: int) -> list[Job]:
         """Every training, model and score of one seed."""
         trained = [job for recipe in self.study.recipes for job in self._experts(recipe, seed)]
         if self.study.rivals:
-            trained += [self._dense(d, (d,), seed) for d in self.study.closed]
-            trained.append(self._dense("public", self.study.public, seed))
+            trained += [self._dense(o, (self.at.own(o),), seed) for o in self.study.owners]
+            public = tuple(self.at.data(d, "train").parent for d in self.study.public)
+            trained.append(self._dense("public", public, seed))
             trained += [self._union(name, seed) for name in UNIONS]
         tuned = [r for r, recipe in self.study.recipes.items() if recipe.tuned]
         mixed = [*tuned, *(["btx"] if self.study.rivals else [])]
@@ -157,38 +166,37 @@ class _Maker:
     def _experts(self, recipe: str, seed: int) -> list[Job]:
         """Experts of a recipe, or the rows of finished ones."""
         jobs = []
-        for domain in self.study.closed:
+        for owner in self.study.owners:
             of = self.study.recipes[recipe].rows_of
             if not of:
-                jobs.append(self._expert(recipe, domain, seed))
+                jobs.append(self._expert(recipe, owner, seed))
                 continue
-            done, made = self.at.run(of, domain, seed), self.at.model(f"{of}-{domain}", seed)
+            done, made = self.at.run(of, owner, seed), self.at.model(f"{of}-{owner}", seed)
             package = ("package", "--run", str(done), "--out", str(made))
-            name, needs = f"package:{of}:{domain}:s{seed}", (f"train:{of}:{domain}:s{seed}",)
+            name, needs = f"package:{of}:{owner}:s{seed}", (f"train:{of}:{owner}:s{seed}",)
             jobs.append(self._job(name, package, needs, [done / "final"], [made], 6))
-            jobs.append(self._expert(recipe, domain, seed, made, name))
+            jobs.append(self._expert(recipe, owner, seed, made, name))
         return jobs
 
     def _expert(
-        self, recipe: str, domain: str, seed: int, finished: Path | None = None, after: str = ""
+        self, recipe: str, owner: str, seed: int, finished: Path | None = None, after: str = ""
     ) -> Job:
         """One owner's training: of an expert, or of the rows of a finished one."""
         r, study = self.study.recipes[recipe], self.study
         public = [self.at.data(d, "train").parent for d in study.public]
-        own = self.at.data(domain, "train").parent
+        own = self.at.own(owner)
         kind = "rows" if finished else "expert"
-        config = f"{kind}.py:size={study.size},expert={domain},anchor={self.at.anchor_of(recipe)}"
+        config = f"{kind}.py:size={study.size},expert={owner},anchor={self.at.anchor_of(recipe)}"
         config += f",own={own},public={'+'.join(map(str, public))},public_share={r.public_share}"
         shards = [p / "train" for p in (own, *public)]
         inputs = [*shards, self.at.anchor_of(recipe)]
         if finished is None:
             needs = ("starts",)
-            return self._train(recipe, domain, seed, config, "owner", needs, inputs, r.overrides)
+            return self._train(recipe, owner, seed, config, "owner", needs, inputs, r.overrides)
         config, inputs = f"{config},slice={finished}", [*inputs, finished]
-        return self._train(recipe, domain, seed, config, "router", (after,), inputs, r.overrides)
+        return self._train(recipe, owner, seed, config, "router", (after,), inputs, r.overrides)
 
-    def _dense(self, name: str, domains: tuple[str, ...], seed: int) -> Job:
-        own = [self.at.data(d, "train").parent for d in domains]
+    def _dense(self, name: str, own: tuple[Path, ...], seed: int) -> Job:
         config = f"dense.py:size={self.study.size},anchor={self.at.anchor}"
         config += f",own={'+'.join(map(str, own))}"
         inputs = [self.at.anchor, *(p / "train" for p in own)]
@@ -207,8 +215,8 @@ class _Maker:
         """Tuning of router rows: of a recipe's model on proxies too, of BTX on public text."""
         model = self.at.model(name, seed)
         public = [self.at.data(d, "train").parent for d in self.study.public]
-        proxies = self._tuned_domains() if name in self.study.recipes else ()
-        folders = [self.at.start("proxies") / d for d in proxies]
+        proxies = self._tuned_owners() if name in self.study.recipes else ()
+        folders = [self.at.start("proxies") / o for o in proxies]
         config = f"router.py:size={self.study.size},model={model}"
         config += f",public={'+'.join(map(str, public))},proxies={'+'.join(map(str, folders))}"
         inputs = [model, *(p / "train" for p in (*public, *folders))]

@@ -7,7 +7,7 @@ All choices (temperatures, active experts, rates) are made on the tuning split a
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class Mixture:
     """Experts in slots, and all that is needed to run them.
 
     Attributes:
-      group: slot 0 is public, slot i the i-th closed domain's.
+      group: slot 0 is public, slot i the i-th owner's.
       config: the architecture with its router.
     """
 
@@ -82,15 +82,15 @@ class Judge:
     @functools.cached_property
     def dense(self) -> dict[str, tree.Tree]:
         """The anchor and every owner's dense model."""
-        owned = {d: weights.final(self.at.run("dense", d, self.seed)) for d in self.study.closed}
+        owned = {o: weights.final(self.at.run("dense", o, self.seed)) for o in self.study.owners}
         return {PUBLIC: self.anchor, **owned}
 
     def counts(self, name: str) -> np.ndarray:
         """Token counts of the training text of an owner, or of all public text."""
-        domains = self.study.public if name == PUBLIC else (name,)
+        public = [self.at.data(d, "train") for d in self.study.public]
         total = np.zeros(self.info.config.vocab_size, np.int64)
-        for domain in domains:
-            opened = shards.open_shards(self.at.data(domain, "train"))
+        for path in public if name == PUBLIC else [self.at.own(name) / "train"]:
+            opened = shards.open_shards(path)
             total += np.bincount(opened.tokens(0, opened.n_tokens), minlength=len(total))
         return total
 
@@ -102,7 +102,7 @@ class Judge:
     def _stitched(self, name: str) -> Mixture:
         info, params, _ = model_dir.load_model(self.at.anchor_of(name))
         public = slices.take_slot(params["experts"], 0)
-        own = [weights.final(self.at.run(name, d, self.seed)) for d in self.study.closed]
+        own = [weights.final(self.at.run(name, o, self.seed)) for o in self.study.owners]
         return Mixture(params["shared"], weights.stacked([public, *own]), info.config)
 
     def trained_together(self, run: str, start: str) -> Mixture:
@@ -117,7 +117,7 @@ class Judge:
 
     def choose_active(self, m: Mixture) -> Method:
         """A mixture with the number of active experts chosen on the tuning split."""
-        values = sorted({min(k, len(self.study.closed) + 1) for k in ACTIVE})
+        values = sorted({min(k, len(self.study.owners) + 1) for k in ACTIVE})
         k, record = choose(values, lambda k: self.tuning.bits(m.losses(self.tuning, k)))
         return Method(m.losses(self.heldout, k), k, {"active": record})
 
@@ -136,7 +136,7 @@ def methods(j: Judge) -> dict[str, tuple[Method, str]]:
         for variant, method in variants(j, name).items():
             add(f"{name}{variant}", method, "mixture")
     if j.study.rivals:
-        for name in ("public", *j.study.closed):
+        for name in ("public", *j.study.owners):
             made = weights.final(j.at.run("dense", name, j.seed))
             losses = j.heldout.losses(made["shared"], made["experts"])
             add(f"dense-{name}", Method(losses), "dense")
@@ -187,10 +187,10 @@ def _low_rank(m: Mixture, rank: int) -> Mixture:
 def pairs(j: Judge, name: str) -> dict[str, dict[str, float]]:
     """Each expert beside the anchor, on its own and on public text: both always active."""
     m, out = j.recipes[name], {}
-    for slot, domain in enumerate(j.study.closed, start=1):
-        allowed = [e in (0, slot) for e in range(len(j.study.closed) + 1)]
-        losses = m.losses(j.heldout, 2, allowed=allowed, domains=(*j.study.public, domain))
-        out[domain] = j.heldout.bits(losses)
+    for slot, (owner, whose) in enumerate(j.study.owners.items(), start=1):
+        allowed = [e in (0, slot) for e in range(len(j.study.owners) + 1)]
+        losses = m.losses(j.heldout, 2, allowed=allowed, domains=(*j.study.public, whose.domain))
+        out[owner] = j.heldout.bits(losses)
     return out
 
 
@@ -200,19 +200,19 @@ def active_curve(j: Judge, m: Mixture) -> dict[str, dict[str, float]]:
     return {str(k): j.part.bits(m.losses(j.part, k)) for k in counts}
 
 
-def opt_out(j: Judge, m: Mixture, n_active: int, together: int = 2) -> dict[str, Any]:
-    """Denied owners, none, one and two at once, to bits per byte of each domain; and exactness.
+def opt_out(j: Judge, m: Mixture, n_active: int) -> dict[str, Any]:
+    """Denied owners, none, one, and more at once, to bits per byte of each domain; and exactness.
 
     `exact` compares the losses without an owner bit for bit with those of a mixture whose slot
     was never filled.
     """
-    closed, out = j.study.closed, {}
-    for count in range(together + 1):
-        for gone in itertools.combinations(closed, count):
-            allowed = [True, *(d not in gone for d in closed)]
+    owners, out = tuple(j.study.owners), {}
+    for count in range(j.study.together + 1):
+        for gone in itertools.combinations(owners, count):
+            allowed = [True, *(o not in gone for o in owners)]
             out["+".join(gone)] = j.part.bits(m.losses(j.part, n_active, allowed=allowed))
-    gone = closed[j.seed % len(closed)]
-    allowed = [True, *(d != gone for d in closed)]
+    gone = owners[j.seed % len(owners)]
+    allowed = [True, *(o != gone for o in owners)]
     pieces = [slices.take_slot(m.group, e) if ok else None for e, ok in enumerate(allowed)]
     never = m.replace(group=weights.stacked(pieces))
     denied = m.losses(j.part, n_active, allowed=allowed)
@@ -221,15 +221,18 @@ def opt_out(j: Judge, m: Mixture, n_active: int, together: int = 2) -> dict[str,
     return {"bpb": out, "exact": exact, "checked": gone}
 
 
-def owners_curve(j: Judge, m: Mixture, n_active: int) -> dict[str, dict[str, float]]:
-    """The first owners to join, their number to bits per byte of each domain."""
-    closed = j.study.closed
-    return {
-        str(n): j.part.bits(
-            m.losses(j.part, n_active, allowed=[True, *(i < n for i in range(len(closed)))])
-        )
-        for n in range(len(closed) + 1)
-    }
+def owners_curve(
+    j: Judge, m: Mixture, n_active: int, order: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Owners who join one after the other, their number to bits per byte of each domain.
+
+    Who has not joined is denied, which is the same as a mixture without them, bit for bit.
+    """
+    out = {}
+    for n in range(len(order) + 1):
+        allowed = [True, *(o in order[:n] for o in j.study.owners)]
+        out[str(n)] = j.part.bits(m.losses(j.part, n_active, allowed=allowed))
+    return out
 
 
 def recipe_of(study: Study, name: str) -> str:
@@ -246,7 +249,7 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
     Args:
       config: of the recipe's experts, else of the anchor.
     """
-    owners, tokens = len(study.closed), study.owner_tokens
+    owners, tokens = len(study.owners), study.owner_tokens
     router_tokens = study.steps["router"] * study.batch_rows * study.seq_len
 
     def cost(stage: str, active: int = 1) -> float:
@@ -300,7 +303,7 @@ def run(layout: Layout, seed: int, say: Say) -> dict[str, Any]:
             "pairs": pairs(j, name),
             "active": active_curve(j, m),
             "active_fallback": active_curve(j, m.falling_back()),
-            "owners": owners_curve(j, m, k),
+            "owners": {n: owners_curve(j, m, k, o) for n, o in j.study.orders.items()},
             "opt_out": opt_out(j, m, k),
             "opt_out_fallback": opt_out(j, m.falling_back(), k_back),
             "part": j.part.bits(j.part.losses(j.anchor["shared"], j.anchor["experts"])),

@@ -41,9 +41,15 @@ def sections(study: Study, results: Json) -> list[tuple[str, str, str]]:
             tables.facts(study, results),
         ),
         (
+            "Joining",
+            "Owners who join one after the other, in several orders; on the text that sets of "
+            "owners are compared on.",
+            tables.joining(study, results),
+        ),
+        (
             "Leaving",
-            "Each owner, and each pair of owners, denied in turn; the worst case of each seed, "
-            "averaged over seeds.",
+            f"Every set of up to {study.together} owner(s) denied in turn; the worst case of each "
+            "seed, averaged over seeds.",
             tables.opt_out(study, results),
         ),
     ]
@@ -72,13 +78,12 @@ def plots(study: Study, results: Json) -> dict[str, str]:
             for label, kind in (("top k", "active"), ("public always active", "active_fallback"))
         }
         # Nobody has joined: the anchor, on the part of the text that curves are made of.
-        anchor = {"anchor": curves["owners"]["0"]["mean_all"]["mean"]}
+        orders = curves["owners"]
+        anchor = {"anchor": next(iter(orders.values()))["0"]["mean_all"]["mean"]}
         title = f"{recipe}: active experts"
         out[f"{recipe}-active"] = charts.lines(title, active, "active experts", _BITS, anchor)
-        owners = {
-            label: _points(curves["owners"], key)
-            for label, key in (("all domains", "mean_all"), ("public text", "mean_public"))
-        }
+        owners = {f"all, {o}": _points(curve, "mean_all") for o, curve in orders.items()}
+        owners |= {f"public, {o}": _points(curve, "mean_public") for o, curve in orders.items()}
         title = f"{recipe}: owners who have joined"
         out[f"{recipe}-owners"] = charts.lines(title, owners, "owners", _BITS)
         out[f"{recipe}-rank"] = _rank_plot(recipe, results)

@@ -82,12 +82,13 @@ def difference(found: Sequence[Mapping[str, Any]], ours: str, other: str, key: s
 
 
 def gain_kept(study: Study, found: Scores, recipe: str, method: str) -> dict[str, float]:
-    """Domain to the part of the expert's own gain (beside the anchor) that a mixture keeps."""
+    """Owner to the part of the expert's own gain (beside the anchor) that a mixture keeps."""
     anchor, mixture = (found["methods"][m]["bpb"] for m in ("anchor", method))
     pairs = found["recipes"][recipe]["pairs"]
+    domains = {owner: whose.domain for owner, whose in study.owners.items()}
     return {
-        d: (anchor[d]["value"] - mixture[d]["value"]) / (anchor[d]["value"] - pairs[d][d])
-        for d in study.closed
+        owner: (anchor[d]["value"] - mixture[d]["value"]) / (anchor[d]["value"] - pairs[owner][d])
+        for owner, d in domains.items()
     }
 
 
@@ -105,12 +106,11 @@ def opt_out(study: Study, found: Scores, recipe: str, kind: str) -> dict[str, An
     for name, bits in sets["bpb"].items():
         if not name:
             continue
-        gone = name.split("+")
+        gone = {study.owners[owner].domain for owner in name.split("+")}
+        count = str(name.count("+") + 1)
         against = {d: bits[d] / anchor[d] - 1 for d in study.domains}
         moved = {d: bits[d] / whole[d] - 1 for d in study.domains if d not in gone}
-        mine = out.setdefault(
-            str(len(gone)), {"left": -1.0, "any": -1.0, "others": 0.0, "worse": 0.0}
-        )
+        mine = out.setdefault(count, {"left": -1.0, "any": -1.0, "others": 0.0, "worse": 0.0})
         mine["left"] = max(mine["left"], *(against[d] for d in gone))
         mine["any"] = max(mine["any"], *against.values())
         mine["others"] = max(mine["others"], *(abs(v) for v in moved.values()))
@@ -127,7 +127,7 @@ def recipe_facts(study: Study, scores: Sequence[Scores], recipe: str) -> dict[st
         leaving = [opt_out(study, s, recipe, kind) for s in scores]
         counts = [key for key in leaving[0] if key != "exact"]
         out[method] = {
-            "gain_kept": {d: estimate([k[d] for k in kept]) for d in study.closed},
+            "gain_kept": {o: estimate([k[o] for k in kept]) for o in study.owners},
             "public": estimate([_public(study, s, method) for s in scores]),
             "exact": all(x["exact"] for x in leaving),
             "opt_out": {
@@ -152,14 +152,24 @@ def _public(study: Study, found: Scores, method: str) -> float:
 
 
 def curves(study: Study, scores: Sequence[Scores]) -> dict[str, Any]:
-    """Recipe to its curves over active experts and owners: key to estimates of means."""
+    """Recipe to its curves over active experts, and over owners by order of joining."""
     out: dict[str, Any] = {}
     for recipe in study.recipes:
         mine = out[recipe] = {}
-        for kind in ("active", "active_fallback", "owners"):
-            found = [s["recipes"][recipe][kind] for s in scores]
-            mine[kind] = {}
-            for key in found[0]:
-                each = [means(study, f[key]) for f in found]
-                mine[kind][key] = {m: estimate([e[m] for e in each]) for m in each[0]}
+        found = [s["recipes"][recipe] for s in scores]
+        for kind in ("active", "active_fallback"):
+            mine[kind] = _curve(study, [f[kind] for f in found])
+        mine["owners"] = {
+            order: _curve(study, [f["owners"][order] for f in found]) for order in study.orders
+        }
+    return out
+
+
+def _curve(study: Study, found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Points of a curve to estimates of means and of each domain, from those of every seed."""
+    out = {}
+    for key in found[0]:
+        each = [means(study, f[key]) for f in found]
+        out[key] = {m: estimate([e[m] for e in each]) for m in each[0]}
+        out[key]["bpb"] = {d: estimate([f[key][d] for f in found]) for d in study.domains}
     return out

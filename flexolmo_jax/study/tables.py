@@ -97,15 +97,32 @@ def domains(study: Study, results: Json) -> str:
 
 def facts(study: Study, results: Json) -> str:
     """Gains kept, public text and opt-out, by recipe."""
-    head = ("method", *(f"kept: {d}" for d in study.closed), "public vs anchor, %")
+    head = ("method", *(f"kept: {o}" for o in study.owners), "public vs anchor, %")
     rows = [
         (
             name,
-            *(number(f["gain_kept"][d], 100, 0) + " %" for d in study.closed),
+            *(number(f["gain_kept"][o], 100, 0) + " %" for o in study.owners),
             number(f["public"], 100, 2, "+"),
         )
         for name, f in results["facts"].items()
     ]
+    return table(head, rows)
+
+
+def joining(study: Study, results: Json) -> str:
+    """Owners who join, by recipe and order: after the first, and after twice as many each time."""
+    head = ("method", "order", "owners", "mean of all", "closed", "public", "who came last")
+    rows = []
+    for recipe, found in results["curves"].items():
+        for order, curve in found["owners"].items():
+            names = study.orders[order]
+            shown = {0, len(names), *(2**i for i in range(len(names).bit_length()))}
+            for n in sorted(shown & set(range(len(names) + 1))):
+                keys = ("mean_all", "mean_closed", "mean_public")
+                last = names[n - 1] if n else "nobody: the anchor"
+                rows.append(
+                    (recipe, order, str(n), *(number(curve[str(n)][k]) for k in keys), last)
+                )
     return table(head, rows)
 
 
