@@ -10,7 +10,8 @@ Differs from the previous stage: there is none.
 
 Argument: size (tiny, 135m, 60m, 190m, 1b, 7b), data (directory with <domain>/train and
 <domain>/heldout), domains (joined by +), tokenizer, context (router context of the models to
-come: document, or token as in the paper; empty takes the recipe's).
+come; empty takes the recipe's. token is the paper's, whose experts hold FFNs alone: what other
+formats can hold).
 """
 
 import dataclasses
@@ -32,12 +33,14 @@ def get_config(arg: str = "") -> ConfigDict:
         context="",
     )
     model = dict(common.pick(common.sizes(), a.size))
-    router = common.router(a.size)
+    router, adapters = common.router(a.size), common.adapters(a.size)
     if a.context:
         router["context"] = a.context
+    if a.context == "token":
+        router["evidence"], adapters = 0.0, {}
     config = common.base("anchor", a.size)
-    # What experts may hold is agreed with the anchor: FFNs alone, unless it is asked for here.
-    adapters = dataclasses.asdict(AdapterConfig())
+    # What experts may hold is agreed with the anchor.
+    adapters = dataclasses.asdict(AdapterConfig(**adapters))
     config.model = {**model, "router": router, "adapters": adapters}
     config.tokenizer = a.tokenizer
     domains = a.domains.split("+")

@@ -37,8 +37,9 @@ TINY_OPTIM = {
 }
 # Public text in an expert's batches is what teaches its router row where to be quiet.
 TINY_PUBLIC_SHARE = 0.25
-TINY_ROUTER = {"context": "document", "renormalize": False}
-TINY_ROUTER_INIT = {"method": "discriminant", "documents": 192, "recalibrate": True}
+TINY_ROUTER = {"context": "document", "renormalize": False, "evidence": 8.0}
+TINY_ADAPTERS = {"head": 64}
+TINY_ROUTER_INIT = {"method": "auto", "documents": 192}
 
 # ---- Tuning an expert of SmolLM2-135M on a CPU: the paper's recipe, scaled down. ---------------
 # A thousand tokens per step, a learning rate for weights that are finished rather than new, and no
@@ -205,6 +206,11 @@ def router(size: str) -> dict[str, Any]:
     fields = {**sizes(), **stitched_sizes()}[size]
     # Without the norm after a pre-norm block, weights that do not sum to 1 shrink its output.
     return {"context": "token", "renormalize": fields.get("norm_placement") == "pre"}
+
+
+def adapters(size: str) -> dict[str, Any]:
+    """Fields of `AdapterConfig` of a size: what experts hold beyond FFNs."""
+    return dict(TINY_ADAPTERS) if size == "tiny" else {}
 
 
 def base(stage: str, size: str, recipe: str = "") -> ConfigDict:

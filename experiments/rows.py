@@ -30,7 +30,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.expert = a.slice or f"runs/demo/slices/{a.expert}"
     config.optim = common.base("router", a.size).optim
     config.optim.router_label_loss = 1.0
-    config.router_init.recalibrate = False
+    # The rows start as they are, and stay as they become.
+    config.router_init.method = "zeros"
     return config
 
 

@@ -10,7 +10,7 @@ Argument: suite, size (tiny), seeds, anchor (an existing one), quick.
 
 Suites: `main` trains the paper's recipe, ours, and every rival. `ablations` trains experts only:
 what each idea does on the way from the paper's recipe to ours, and the paper's own ablations;
-`held` is the part of it about what experts hold and rows that are tuned alone.
+`held` is the part of it about what experts hold and what their router reads.
 What leaving, other numbers of active experts and fewer owners do needs no training and is scored
 in every suite; `opt-out` and `active-experts` score that alone, of ours and the paper's recipe.
 `scaling` has sixteen owners, two or three to a domain, who join in several orders; `overlap` has
@@ -36,19 +36,16 @@ _LR = ("optim.peak_lr=0.004",)
 _PAPER = (
     *_LR,
     "router_init.method=embedding",
-    "router_init.recalibrate=false",
     "optim.router_label_loss=0.0",
     "optim.router_z_loss=0.001",
 )
 _LABEL = ("optim.router_label_loss=1.0",)
 SHARE = common.TINY_PUBLIC_SHARE
+EVIDENCE = common.TINY_ROUTER["evidence"]
+HEAD = AdapterConfig(**common.TINY_ADAPTERS)
 RECIPES = {
     "ours": Recipe(
-        "document",
-        SHARE,
-        _LR,
-        adapters=AdapterConfig(head=64),
-        says="the recipe of size tiny, and experts add to the unembedding (rank 64)",
+        "document", SHARE, _LR, adapters=HEAD, evidence=EVIDENCE, says="the recipe of size tiny"
     ),
     "paper": Recipe(
         "token", 0.0, _PAPER, tuned=True, says="own text only, rows from document embeddings"
@@ -63,17 +60,22 @@ RECIPES = {
     "ruler": Recipe(
         "document",
         SHARE,
-        (*_LR, "router_init.recalibrate=false"),
+        (*_LR, "router_init.method=discriminant"),
         says="and rows that start at a log density ratio with the public ruler",
     ),
-    "ffn": Recipe(
-        "document", SHARE, _LR, says="ours, experts of FFNs alone: the default of size tiny"
+    "hidden": Recipe(
+        "document", SHARE, _LR, says="and are fitted to the trained pair: hidden states alone"
+    ),
+    "ffn": Recipe("document", SHARE, _LR, evidence=EVIDENCE, says="ours, experts of FFNs alone"),
+    "no-evidence": Recipe(
+        "document", SHARE, _LR, adapters=HEAD, says="ours, rows judge by hidden states alone"
     ),
     "attention": Recipe(
         "document",
         SHARE,
         _LR,
         adapters=AdapterConfig(attention=16),
+        evidence=EVIDENCE,
         says="ffn, and they add to attention (rank 16)",
     ),
     "norms": Recipe(
@@ -81,12 +83,14 @@ RECIPES = {
         SHARE,
         _LR,
         adapters=AdapterConfig(norms=True),
+        evidence=EVIDENCE,
         says="ffn, and they add to norms",
     ),
     "rows-alone": Recipe(
         "document",
         SHARE,
-        adapters=AdapterConfig(head=64),
+        adapters=HEAD,
+        evidence=EVIDENCE,
         rows_of="ours",
         says="ours, each owner's rows tuned alone afterwards",
     ),
@@ -106,11 +110,11 @@ RECIPES = {
 SUITES = {
     "main": (("ours", "paper"), True),
     "ablations": (tuple(RECIPES), False),
-    "held": (("ours", "ffn", "rows-alone"), False),
+    "held": (("ours", "ffn", "no-evidence", "hidden"), False),
     "opt-out": (("ours", "paper"), False),
     "active-experts": (("ours", "paper"), False),
-    "scaling": (("ffn",), False),
-    "overlap": (("ffn",), False),
+    "scaling": (("ours",), False),
+    "overlap": (("ours",), False),
 }
 
 # ---- Owners: one to a domain, but for the suites about more of them. --------------------------

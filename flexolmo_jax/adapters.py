@@ -17,13 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flexolmo_jax import evidence
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.router import PUBLIC_SLOT
 
 Group = Mapping[str, jax.Array]
 MATRICES = tuple(f"{p}_{factor}" for p in ("q", "k", "v", "o", "head") for factor in "ab")
-# Not of a layer: their layer axis has one entry.
 HEAD = ("head_a", "head_b")
+# Leaves of a group that belong to no layer: their layer axis has one entry.
+UNLAYERED = (*HEAD, evidence.LEAF)
 SCALES = ("attention_scale", "ffn_scale")
 LEAVES = (*MATRICES, *SCALES)
 
@@ -125,7 +127,7 @@ def head(groups: Sequence[Any]) -> jax.Array | None:
 def layered(groups: Sequence[Any]) -> tuple[Any, ...]:
     """The groups without the leaves that belong to no layer."""
     return tuple(
-        {n: leaf for n, leaf in g.items() if n not in HEAD} if isinstance(g, Mapping) else g
+        {n: leaf for n, leaf in g.items() if n not in UNLAYERED} if isinstance(g, Mapping) else g
         for g in groups
     )
 

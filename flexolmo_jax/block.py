@@ -132,22 +132,20 @@ def _after(cache, length_B, k_BSKH, v_BSKH, follows_BTS):
     return join(k_1SKH, k_BSKH), join(v_1SKH, v_BSKH), mask_BTS
 
 
-def _mixture(
+def _router_logits(
     config: ModelConfig,
-    run: Runtime,
     groups,
     x_BTD,
     router_sum_BE,
     *,
     segments_BT,
     allowed_BE,
-    n_active,
     length_B,
     follows_BTS,
-    training,
+    evidence_BTE,
     **_,
 ):
-    """Router and experts of one layer."""
+    """Logits of one layer's slots, bias included, and the state of each row's document."""
     router_ED = jnp.concatenate([g["router"] for g in groups])
     bias_E = jnp.concatenate([g["bias"] for g in groups])
     if allowed_BE is not None:
@@ -156,16 +154,39 @@ def _mixture(
         used_E = jnp.any(allowed_BE, axis=0)
         router_ED = jnp.where(used_E[:, None], router_ED, 0)
         bias_E = jnp.where(used_E, bias_E, 0)
+        if evidence_BTE is not None:
+            evidence_BTE = jnp.where(used_E, evidence_BTE, 0)
     logits_BTE = router.router_logits(x_BTD, router_ED)
+    if evidence_BTE is not None:
+        logits_BTE += evidence_BTE
     if config.router.context == "document":
         count_B = None if router_sum_BE is None else length_B.astype(jnp.float32)
+        worth = config.router.evidence
         if follows_BTS is not None:
-            logits_BTE = router.path_mean(logits_BTE, follows_BTS, router_sum_BE, count_B)
+            logits_BTE = router.path_mean(logits_BTE, follows_BTS, router_sum_BE, count_B, worth)
         else:
             logits_BTE, router_sum_BE, _ = router.document_mean(
-                logits_BTE, segments_BT, router_sum_BE, count_B
+                logits_BTE, segments_BT, router_sum_BE, count_B, worth
             )
-    logits_BTE = logits_BTE + router.effective_bias(bias_E)
+    return logits_BTE + router.effective_bias(bias_E), router_sum_BE
+
+
+def _mixture(
+    config: ModelConfig,
+    run: Runtime,
+    groups,
+    x_BTD,
+    router_sum_BE,
+    *,
+    allowed_BE,
+    n_active,
+    training,
+    **kwargs,
+):
+    """Router and experts of one layer."""
+    logits_BTE, router_sum_BE = _router_logits(
+        config, groups, x_BTD, router_sum_BE, allowed_BE=allowed_BE, **kwargs
+    )
     routing = router.route(
         logits_BTE,
         n_active,
@@ -173,7 +194,7 @@ def _mixture(
         renormalize=config.router.renormalize,
         fallback=config.router.fallback,
     )
-    all_active, drops = allowed_BE is None and n_active == bias_E.shape[0], None
+    all_active, drops = allowed_BE is None and n_active == logits_BTE.shape[-1], None
     capacity = run.capacity if training else 0.0
     if capacity:
         routing, drops = moe.limit(routing, capacity, moe.n_shards(run.mesh))

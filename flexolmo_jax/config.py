@@ -7,6 +7,8 @@ is digested and shipped with it); `ExecConfig` is how a machine computes it and 
 """
 
 import dataclasses
+import functools
+import operator
 import re
 import types
 import typing
@@ -41,11 +43,24 @@ class RouterConfig:
         the norm's epsilon under post-norm, needed under pre-norm.
       fallback: the public expert is always active, and takes the weight that is left by the other
         active ones; else it competes like any other (the paper).
+      evidence: above 0, a document's logits are summed instead of averaged until they are worth
+        this many tokens, and every expert brings a table of what each token says (see
+        `flexolmo_jax.evidence`); needs context "document".
     """
 
     context: Literal["token", "document"] = "token"
     renormalize: bool = False
     fallback: bool = False
+    evidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.evidence < 0 or (self.evidence and self.context != "document"):
+            raise ConfigError(
+                "Evidence is gathered over documents",
+                got=f"evidence={self.evidence:g}, context={self.context!r}",
+                expected='tokens above 0 with context "document", or 0',
+                where="RouterConfig.evidence",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +87,7 @@ class AdapterConfig:
 
 
 # Of `ModelConfig`: keys that the first models did not have.
-LATER_KEYS = ("adapters",)
+LATER_KEYS = ("adapters", "router.evidence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +157,18 @@ class ModelConfig:
         A key that came later is left out where it holds its default, so that files and digests of
         models that do without it stay what they were.
         """
-        unused = {
-            f.name
+        out = dataclasses.asdict(self)
+        defaults = {
+            f.name: dataclasses.asdict(f.default)
             for f in dataclasses.fields(self)
-            if f.name in LATER_KEYS and getattr(self, f.name) == f.default
+            if dataclasses.is_dataclass(f.default) and not isinstance(f.default, type)
         }
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in unused}
+        for key in LATER_KEYS:
+            *path, name = key.split(".")
+            inside = functools.reduce(operator.getitem, path, out)
+            if inside[name] == functools.reduce(operator.getitem, path, defaults)[name]:
+                del inside[name]
+        return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +316,9 @@ class RouterInitConfig:
         seeded orthogonal matrix and repeats it over layers. The others keep the public row at 0:
         "discriminant" and "hidden_mean" compare the anchor's hidden states on the owner's text
         with those on public text, per layer, as a log density ratio or a plain difference of
-        means; "zeros" lets training find the row. "random" is the paper's control.
+        means; "zeros" lets training find the row. "random" is the paper's control. "auto" is
+        "zeros" and an effective bias of -1 beside an anchor with evidence, else "discriminant",
+        and `recalibrate` in both cases.
       embedder: "hashed" (n-gram hashing, no assets) or "minilm" (all-MiniLM-L6-v2 asset).
       documents: documents (embedding) or packed rows (hidden states) looked at, of each side.
       norm: Euclidean norm that a row is scaled to; 0 leaves it as computed.
@@ -304,7 +327,9 @@ class RouterInitConfig:
         `experts.router_init.recalibrate`).
     """
 
-    method: Literal["embedding", "discriminant", "hidden_mean", "zeros", "random"] = "embedding"
+    method: Literal["embedding", "discriminant", "hidden_mean", "zeros", "random", "auto"] = (
+        "embedding"
+    )
     embedder: Literal["hashed", "minilm"] = "hashed"
     documents: int = 1000
     norm: float = 0.0

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flexolmo_jax import adapters, block, layers, moe, remat, tree
+from flexolmo_jax import adapters, block, evidence, layers, moe, remat, tree
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.runtime import Runtime
 from flexolmo_jax.sharding import constrain
@@ -97,7 +97,7 @@ class Experts(nnx.Module):
         self.w_down = _param(rngs, (L, E, F, D), EXPERT_AXES["w_down"])
         self.router = _param(rngs, (L, E, D), EXPERT_AXES["router"], fill=0.0)
         self.bias = _param(rngs, (L, E), EXPERT_AXES["bias"], fill=NO_BIAS)
-        for name, (shape, axes) in adapters.shapes(c).items():
+        for name, (shape, axes) in {**adapters.shapes(c), **evidence.shapes(c)}.items():
             setattr(self, name, _param(rngs, shape, axes, fill=0.0))
 
 
@@ -220,8 +220,7 @@ def forward(
 
     Source: FlexOlmo paper section 3.2; OLMo 2 block (post-norm, QK-norm over the full width).
     """
-    if segments_BT is None:
-        segments_BT = jnp.ones_like(tokens_BT)
+    segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
     n_slots = sum((g if isinstance(g, dict) else g[0])["bias"].shape[-1] for g in groups)
     n_active = min(config.n_active if n_active is None else n_active, n_slots)
     one_layer = functools.partial(
@@ -235,6 +234,7 @@ def forward(
         follows_BTS=None if branch_end_BT is None else _branch_mask(branch_end_BT),
         keep_residual=keep_residual,
         training=training,
+        evidence_BTE=evidence.of_tokens(groups, tokens_BT) if config.router.evidence else None,
     )
     layer_cache = None if cache is None else (cache.k, cache.v, cache.router_sum)
     over_layers = jax.lax.scan if isinstance(shared["layers"], dict) else _one_by_one
@@ -312,8 +312,8 @@ def split_layers(
         return {
             name: slot_matrices(leaf[i]) if name in moe.WEIGHTS else leaf[i]
             for name, leaf in group.items()
-            if name not in adapters.HEAD
-        } | {name: leaf for name, leaf in group.items() if name in adapters.HEAD and i == 0}
+            if name not in adapters.UNLAYERED
+        } | {name: leaf for name, leaf in group.items() if name in adapters.UNLAYERED and i == 0}
 
     layers_ = [jax.tree.map(operator.itemgetter(i), shared["layers"]) for i in range(n_layers)]
     experts = tuple([group_layer(group, i) for i in range(n_layers)] for group in groups)

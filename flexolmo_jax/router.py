@@ -63,17 +63,19 @@ def document_mean(
     segments_BT: jax.Array,
     sum_BE: jax.Array | None = None,
     count_B: jax.Array | None = None,
+    evidence: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Causal running mean of each slot's logit over its document so far.
+    """Causal running mean of each slot's logit over its document so far, or its evidence.
 
     A segmented scan selects at document starts instead of subtracting prefix sums, so one
     document of a packed row cannot change a bit of the next. Padding (segment 0) adds nothing.
 
     Args:
       sum_BE, count_B: running state of a document that began in earlier calls (decoding).
+      evidence: see `judged`.
 
     Returns:
-      mean_BTE, and the state after the last token: sum_BE, count_B.
+      mean_BTE (or evidence), and the state after the last token: sum_BE, count_B.
     """
     valid_BT = segments_BT > 0
     value_BTE = jnp.where(valid_BT[..., None], logits_BTE, 0.0)
@@ -97,14 +99,31 @@ def document_mean(
     total_BTE, number_BT, _ = jax.lax.associative_scan(
         combine, (value_BTE, number_BT, start_BT), axis=1
     )
-    mean_BTE = total_BTE / jnp.maximum(number_BT, 1.0)[..., None]
-    return mean_BTE, total_BTE[:, -1], number_BT[:, -1]
+    return judged(total_BTE, number_BT, evidence), total_BTE[:, -1], number_BT[:, -1]
+
+
+def judged(total_BTE: jax.Array, number_BT: jax.Array, evidence: float) -> jax.Array:
+    """What the summed logits of a document's `number_BT` tokens say about it.
+
+    Args:
+      evidence: 0 takes their mean. Else their sum, as if the tokens were independent, but worth at
+        most so many tokens however long the document is, since they are not: n tokens count as
+        n · evidence / (n + evidence).
+    """
+    number_BT1 = number_BT[..., None]
+    if not evidence:
+        return total_BTE / jnp.maximum(number_BT1, 1.0)
+    return total_BTE * (evidence / (number_BT1 + evidence))
 
 
 def path_mean(
-    logits_BTE: jax.Array, follows_BTS: jax.Array, sum_BE: jax.Array, count_B: jax.Array
+    logits_BTE: jax.Array,
+    follows_BTS: jax.Array,
+    sum_BE: jax.Array,
+    count_B: jax.Array,
+    evidence: float = 0.0,
 ) -> jax.Array:
-    """The same mean for documents that branch: over the tokens that each token follows.
+    """The same for documents that branch: over the tokens that each token follows.
 
     Args:
       follows_BTS: whether token s stands on the path to token t, or is it.
@@ -117,7 +136,7 @@ def path_mean(
         precision=jax.lax.Precision.HIGHEST,
     )
     number_BT = count_B[:, None] + jnp.sum(follows_BTS, axis=-1)
-    return total_BTE / jnp.maximum(number_BT, 1.0)[..., None]
+    return judged(total_BTE, number_BT, evidence)
 
 
 def route(

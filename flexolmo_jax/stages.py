@@ -5,7 +5,8 @@ Freezing is structural: the trainable and the frozen leaves are two trees, the g
 of the first only, and the second has no optimizer state and no float32 copy.
 
   anchor   trains every weight of a dense model; its router row and bias are not used yet.
-  expert   trains one expert (FFN stack, router rows, biases) beside the frozen anchor.
+  expert   trains one expert (FFN stack, router rows, biases) beside the frozen anchor; its table
+           of evidence is counted, not trained.
   rows     trains the router rows and biases of one finished expert beside the frozen anchor: no
            other owner's row has a say in it, so that leaving stays exact.
   router   trains the router rows and biases of a stitched model, all of them together.
@@ -16,7 +17,7 @@ of the first only, and the second has no optimizer state and no float32 copy.
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax import adapters, model, moe, router, tree
+from flexolmo_jax import adapters, evidence, model, moe, router, tree
 from flexolmo_jax.config import ModelConfig
 
 STAGES = ("anchor", "expert", "rows", "router", "joint")
@@ -39,7 +40,10 @@ def split(stage: str, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
     """
     group = params["experts"]
     if stage == "expert":
-        return {"expert": group}, {"shared": params["shared"], "public": group}
+        trained = {name: group[name] for name in _learnt(group)}
+        counted = {name: leaf for name, leaf in group.items() if name not in trained}
+        kept = {"expert": counted} if counted else {}
+        return {"expert": trained}, {"shared": params["shared"], "public": group, **kept}
     trained = {name: leaf for name, leaf in group.items() if name in TRAINED[stage]}
     kept = {name: leaf for name, leaf in group.items() if name not in TRAINED[stage]}
     if stage == "rows":
@@ -47,6 +51,11 @@ def split(stage: str, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
     if stage == "router":
         return {"experts": trained}, {"shared": params["shared"], "experts": kept}
     return {"shared": params["shared"], "experts": trained}, {"experts": kept}
+
+
+def _learnt(group: tree.Tree) -> list[str]:
+    """Leaves of a group that an expert trains: a table of evidence is counted instead."""
+    return [name for name in group if name != evidence.LEAF]
 
 
 def join(trainable: tree.Tree, frozen: tree.Tree) -> tree.Tree:
@@ -64,7 +73,7 @@ def upcycle(anchor: tree.Tree, router_LD: jax.Array, bias: float, key: jax.Array
       key: draws what adapters start from.
     """
     public = anchor["experts"]
-    expert = {name: jnp.asarray(public[name], jnp.float32) for name in public}
+    expert = {name: jnp.asarray(public[name], jnp.float32) for name in _learnt(public)}
     expert = adapters.drawn(expert, key)
     expert["router"] = jnp.asarray(router_LD, jnp.float32)[:, None, :]
     expert["bias"] = jnp.full_like(expert["bias"], bias)

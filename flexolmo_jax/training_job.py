@@ -13,7 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flexolmo_jax import adapters, distributed, mesh, model, optim, placed, programs, stages, tree
+from flexolmo_jax import (
+    adapters,
+    distributed,
+    evidence,
+    mesh,
+    model,
+    optim,
+    placed,
+    programs,
+    stages,
+    tree,
+)
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError, RefusedError
@@ -151,6 +162,9 @@ def _drawn(config: ModelConfig, stage: str, key: jax.Array) -> tree.Tree:
 def _own_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     """Stages of one owner beside the frozen anchor: a new expert, or the rows of a finished one."""
     info, program = _start(config, grid)
+    if config.stage == "expert":
+        init = router_init.resolve(config.router_init, info.config)
+        config = dataclasses.replace(config, router_init=init)
     anchor, digest = _load(config, program), ""
     dtypes = {name: leaf.dtype for name, leaf in anchor["experts"].items()}
     if config.stage == "rows":
@@ -167,6 +181,10 @@ def _own_job(config: RunConfig, grid: Mesh) -> TrainingJob:
 
     else:
         frozen, initial = stages.split("expert", anchor)[1], _new_expert(config, info, program)
+        if info.config.router.evidence:
+            counted = router_init.evidence_table(config, info.config)
+            places = programs.shardings(program.arguments["frozen"]["expert"])
+            frozen["expert"] = {evidence.LEAF: placed.put(counted, places[evidence.LEAF])}
     return _job(
         config,
         program,
@@ -263,6 +281,15 @@ def _check_start(config: RunConfig, info: model_info.ModelInfo) -> None:
             got=f"a model with {', '.join(info.slots)}",
             where=config.anchor,
             fix="name the anchor that it was stitched from",
+        )
+    init = config.router_init
+    measured = init.method in ("discriminant", "hidden_mean")
+    if config.stage == "expert" and info.config.router.evidence and measured:
+        raise ConfigError(
+            "Rows that are added to evidence start at zero, and training finds what is missing",
+            got=f"router_init.method={init.method}",
+            where=config.anchor,
+            fix="set router_init.method=auto",
         )
     if config.stage == "joint" and len(info.slots) < info.config.n_slots:
         raise ConfigError(

@@ -87,12 +87,14 @@ def poison(params, slot, value, seed=9):
 
 
 @pytest.mark.parametrize(
-    ("context", "dispatch"), [("token", "dense"), ("document", "blocked"), ("document", "ragged")]
+    ("context", "dispatch"),
+    [("token", "dense"), ("document", "blocked"), ("document", "ragged"), ("evidence", "dense")],
 )
 def test_causality_by_gradient(context, dispatch):
     """Mutations: mask without `tril`; mask without `same`; `document_mean` without restarts."""
     segments = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 0]], np.int32)
-    config = cases.config_with(context=context, norm_placement="pre", n_active=3)
+    asked = {"evidence": 3.0, "context": "document"} if context == "evidence" else {}
+    config = cases.config_with(**{"context": context, **asked}, norm_placement="pre", n_active=3)
     params = cases.random_params(config)
     tokens = np.arange(10, dtype=np.int32)[None]  # All different: one embedding row per position.
     probe = np.random.default_rng(3).standard_normal(config.vocab_size).astype(np.float32)
@@ -254,7 +256,11 @@ def test_two_identical_experts_equal_the_dense_anchor(changes):
 # --- Opt-out ----------------------------------------------------------------------------------
 
 # Experts that hold more than FFNs.
-MORE = {"adapters": AdapterConfig(attention=2, head=2, norms=True)}
+MORE = {
+    "adapters": AdapterConfig(attention=2, head=2, norms=True),
+    "context": "document",
+    "evidence": 3.0,
+}
 NON_FINITE = [np.nan, np.inf, -np.inf]
 MIXED = np.array([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 0]], bool)  # Row 1 uses slot 2.
 DENYING = np.array([0, 2])
@@ -301,8 +307,7 @@ def test_a_denied_slot_may_hold_anything_where_public_takes_the_rest(dispatch):
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_a_denied_slot_may_hold_anything_beyond_its_ffn(placement):
     """Mutations: `adapters.project` without its last selection; `adapters.scale` without any."""
-    more = {**MORE, "norm_placement": placement}
-    check_denial("dense", [*NON_FINITE, 0.0], context="document", **more)
+    check_denial("dense", [*NON_FINITE, 0.0], **{**MORE, "norm_placement": placement})
 
 
 @few
@@ -341,7 +346,9 @@ def others(grads, slot):
 @pytest.mark.parametrize("more", [{}, MORE], ids=str)
 @pytest.mark.parametrize("dispatch", ["dense", "blocked"])
 def test_a_slot_that_all_rows_deny_changes_no_gradient(dispatch, more):
-    """Mutations: `router_ED` of unused slots not cleared; `_dense` without the inner `where`."""
+    """Mutations: `router_ED`, or evidence, of unused slots not cleared; `_dense` without the inner
+    `where`.
+    """
     config, params, tokens, segments = setup(norm_placement="pre", n_active=3, **more)
     allowed, rows = np.array([[1, 1, 0, 1]] * 3, bool), np.ones(3, bool)
     args = (tokens, segments, allowed, rows)

@@ -202,6 +202,16 @@ CASES = {
         ),
         "some",
     ),
+    "all active, evidence": (
+        cases.config_with(context="document", evidence=3.0, n_active=4),
+        None,
+    ),
+    "rows deny, evidence, pre": (
+        cases.config_with(
+            context="document", evidence=2.0, norm_placement="pre", adapters=AdapterConfig(head=2)
+        ),
+        "some",
+    ),
     "public only, k clamps": (cases.config_with(n_active=4, norm_placement="pre"), "public"),
 }
 

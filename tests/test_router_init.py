@@ -90,5 +90,5 @@ def test_hidden_states_need_both_texts(texts):
         (SourceConfig(str(texts.public), public=True),),
     ):
         config = run_config(texts, data=DataConfig(sources=sources, seq_len=16))
-        with pytest.raises(ConfigError, match="text of the owner and public text"):
+        with pytest.raises(ConfigError, match="text of the owner with public text"):
             router_init.expert_row(config, c, params)

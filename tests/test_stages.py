@@ -10,15 +10,39 @@ import numpy as np
 import pytest
 import toy
 
-from flexolmo_jax import adapters, mesh, model, moe, optim, programs, router, stages, step, tree
-from flexolmo_jax.config import AdapterConfig, DataConfig, ExecConfig, OptimConfig, RunConfig
+from flexolmo_jax import (
+    adapters,
+    evidence,
+    mesh,
+    model,
+    moe,
+    optim,
+    programs,
+    router,
+    stages,
+    step,
+    tree,
+)
+from flexolmo_jax.config import (
+    AdapterConfig,
+    DataConfig,
+    ExecConfig,
+    OptimConfig,
+    RouterConfig,
+    RunConfig,
+)
 from flexolmo_jax.errors import ConfigError
 
 KEY = jax.random.key(0)
 OPTIM = OptimConfig(peak_lr=3e-3, total_steps=8, warmup_steps=2, load_balance=0.01)
 CONFIGS = {
     "anchor": toy.config(n_slots=1, n_active=1),
-    "expert": toy.config(n_slots=1, n_active=1, adapters=AdapterConfig(2, 2, True)),
+    "expert": toy.config(
+        n_slots=1,
+        n_active=1,
+        adapters=AdapterConfig(2, 2, True),
+        router=RouterConfig("document", evidence=4.0),
+    ),
     "rows": toy.config(n_slots=1, n_active=1),
     "router": toy.CONFIG,
     "joint": toy.CONFIG,
@@ -200,7 +224,8 @@ def test_an_expert_starts_from_the_anchor_and_adds_nothing_yet():
     again = stages.upcycle({"experts": public}, jnp.zeros((c.n_layers, c.d_model)), 0.0, KEY)
     assert tree.digests(again) == tree.digests(expert)
     trainable = {"expert": expert}
-    frozen = {"shared": params["shared"], "public": public}
+    frozen = stages.split("expert", {**params, "experts": public})[1]
+    assert set(frozen["expert"]) == {evidence.LEAF}
     grads, _ = step.gradients(
         stages.stage_model("expert", c),
         model.Runtime("dense"),

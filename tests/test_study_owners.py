@@ -17,7 +17,7 @@ from flexolmo_jax.study.design import Owner
 def test_owners_who_share_a_domain_have_their_own_jobs(tmp_path):
     study = studies.get_study("suite=overlap,seeds=1")
     plan = jobs.plan(study, tmp_path, "assets")
-    trained = {j.name.split(":")[2]: j for j in plan.jobs if j.name.startswith("train:ffn")}
+    trained = {j.name.split(":")[2]: j for j in plan.jobs if j.name.startswith("train:ours")}
     assert set(trained) == set(study.owners) and {"code-1", "code-half"} <= set(trained)
     at = jobs.Layout(tmp_path, study)
     for owner, job in trained.items():

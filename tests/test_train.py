@@ -20,6 +20,7 @@ import toy
 from flexolmo_jax import (
     adapters,
     checkpoint,
+    evidence,
     model,
     optim,
     run_checkpoints,
@@ -40,7 +41,7 @@ from flexolmo_jax.config import (
     SourceConfig,
 )
 from flexolmo_jax.errors import ConfigError, RefusedError, TrainingError
-from flexolmo_jax.experts import model_dir, model_info, package, stitch
+from flexolmo_jax.experts import model_dir, model_info, package, router_init, stitch
 from flexolmo_jax.experts import slice as slices
 
 OPTIM = OptimConfig(peak_lr=3e-3, total_steps=8, warmup_steps=2, router_label_loss=0.3)
@@ -410,18 +411,30 @@ def test_rows_of_another_expert_or_anchor_are_refused(texts, anchor, expert, tmp
         expert_config(texts, anchor, expert=str(expert))
 
 
-def test_an_expert_that_adds_to_attention_goes_all_the_way(texts, tmp_path):
+def test_an_expert_of_more_than_ffns_goes_all_the_way(texts, tmp_path):
     """Trained, packaged, stitched, denied: the anchor's bits are back."""
-    agreed = anchor_config(texts).model.replace(adapters=AdapterConfig(2, 2, True))
+    agreed = anchor_config(texts).model.replace(
+        adapters=AdapterConfig(2, 2, True), router=RouterConfig("document", evidence=4.0)
+    )
     train.fit(anchor_config(texts, model=agreed), tmp_path / "run")
     package.package(tmp_path / "run", tmp_path / "anchor")
     info, params, _ = model_dir.load_model(tmp_path / "anchor")
-    assert not any(np.any(params["experts"][n]) for n in adapters.LEAVES)
-    train.fit(expert_config(texts, tmp_path / "anchor"), tmp_path / "w")
+    assert not any(np.any(params["experts"][n]) for n in (*adapters.LEAVES, evidence.LEAF))
+    init = RouterInitConfig(method="auto")
+    config = expert_config(texts, tmp_path / "anchor", router_init=init)
+    with pytest.raises(ConfigError, match="start at zero"):
+        train.fit(expert_config(texts, tmp_path / "anchor"), tmp_path / "refused")
+    train.fit(config, tmp_path / "w")
     package.package(tmp_path / "w", tmp_path / "slice")
+    # The table is counted, and training leaves it alone.
+    table = slices.read_slice(tmp_path / "slice")[1][evidence.LEAF]
+    np.testing.assert_array_equal(table[:, None], router_init.evidence_table(config, info.config))
+    assert np.any(table)
     stitch.execute(stitch.plan(tmp_path / "anchor", [tmp_path / "slice"]), tmp_path / "model")
     stitched, both, _ = model_dir.load_model(tmp_path / "model")
     assert stitched.config.adapters == agreed.adapters
+    assert stitched.config.router == agreed.router
+    np.testing.assert_array_equal(both["experts"][evidence.LEAF][:, 1], table)
     assert all(np.any(both["experts"][n][:, 1]) for n in adapters.LEAVES)
     tokens = toy.batch(vocab=32)["tokens"]
 

@@ -41,7 +41,7 @@ def params(c: ModelConfig = CONFIG, seed: int = 0) -> tree.Tree:
     """
     rng = np.random.default_rng(seed)
     # Larger experts than at initialisation, so that every part matters in the result.
-    stds = {"router": 1.0, "bias": 1.0, "w_gate": 0.2, "w_up": 0.2, "w_down": 0.2}
+    stds = {"router": 1.0, "bias": 1.0, "evidence": 1.0, "w_gate": 0.2, "w_up": 0.2, "w_down": 0.2}
     stds |= dict.fromkeys((*adapters.MATRICES, *adapters.SCALES), 0.3)
 
     def draw(name, leaf):

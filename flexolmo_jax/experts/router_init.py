@@ -10,7 +10,9 @@ Weights may be NumPy arrays or lie on a mesh, also one of several hosts; rows ar
 on all of them.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flexolmo_jax import distributed, model, placed, router, tree
+from flexolmo_jax import distributed, evidence, model, placed, router, tree
 from flexolmo_jax.config import ModelConfig, RouterInitConfig, RunConfig, SourceConfig
 from flexolmo_jax.data import loader, shards, tokenize
 from flexolmo_jax.errors import ConfigError
@@ -33,10 +35,24 @@ MAX_MEAN_LOGIT = 6.0
 # Weight of the discriminant beside the trained row, and what the effective biases are lowered
 # by (nats): chosen on the tuning text of seed 0 (LOG.md).
 RECALIBRATION, MARGIN = 0.25, 1.0
+# What is left of a trained row beside a table of evidence: chosen like the others (LOG.md).
+BESIDE_EVIDENCE = 0.5
 # Every so many positions are kept: neighbours of a running mean say the same.
 STRIDE = 12
 KEPT = slice(STRIDE // 2, None, STRIDE)
 _ROWS = 8
+# Tokens of each side that are counted at most, spread evenly over its text.
+COUNTED = 1 << 24
+
+
+def resolve(init: RouterInitConfig, c: ModelConfig) -> RouterInitConfig:
+    """What "auto" stands for beside an anchor."""
+    if init.method != "auto":
+        return init
+    if c.router.evidence:
+        start = math.log(math.expm1(MARGIN))
+        return dataclasses.replace(init, method="zeros", bias=start, recalibrate=True)
+    return dataclasses.replace(init, method="discriminant", recalibrate=True)
 
 
 def public_row(config: RunConfig, c: ModelConfig) -> np.ndarray:
@@ -79,25 +95,56 @@ def _expert_row(config: RunConfig, c: ModelConfig, anchor: tree.Tree) -> np.ndar
     return _scaled(rows_LD * np.minimum(1.0, MAX_MEAN_LOGIT / size_L1), init.norm)
 
 
+def evidence_table(config: RunConfig, c: ModelConfig) -> np.ndarray:
+    """What each token says of whose text it stands in, [1, 1, V] as a group holds it.
+
+    Raises:
+      ConfigError: text of one side only.
+    """
+    with distributed.together("counting tokens"):
+        own, public = _sources(config, "A table of evidence compares")
+        table_V = evidence.table(_counts(own, c.vocab_size), _counts(public, c.vocab_size))
+    return distributed.array_from_first(table_V[None, None])
+
+
+def _counts(sources: Sequence[SourceConfig], vocab_size: int) -> np.ndarray:
+    """Token counts [V] of sources, by stretches that lie evenly over each."""
+    total_V = np.zeros(vocab_size, np.int64)
+    stretch = 1 << 16
+    for source in sources:
+        opened = shards.open_shards(source.path, vocab_size=vocab_size)
+        wanted = min(COUNTED // len(sources), opened.n_tokens)
+        number = -(-wanted // stretch)
+        size = -(-wanted // number)
+        for start in np.linspace(0, opened.n_tokens - size, number).astype(int):
+            tokens = opened.tokens(int(start), int(start) + size)
+            total_V += np.bincount(tokens, minlength=vocab_size)
+    return total_V
+
+
 def recalibrate(
     config: RunConfig, c: ModelConfig, shared: tree.Tree, public: tree.Tree, expert: tree.Tree
 ) -> tree.Tree:
     """A trained expert with router rows and biases that suit a model of many owners.
 
     Training (language model and label loss) knows the owner's boundary to public text well, but
-    says nothing of other owners' text. The rows get a part of the discriminant of what they now
-    read, which measures every owner with the public ruler: that is what lets rows that never met
-    be compared. Both are log odds of "the owner's, not public", made from the same two texts
-    alone. The biases get a margin, so that text which speaks for nobody stays public: several
+    says nothing of other owners' text. Without evidence the rows get a part of the discriminant of
+    what they now read, which measures every owner with the public ruler: that is what lets rows
+    that never met be compared. Both are log odds of "the owner's, not public", made from the same
+    two texts alone. Tables of evidence are such odds already; what a row has learnt on top of them
+    is halved. The biases get a margin, so that text which speaks for nobody stays public: several
     owners together would otherwise outweigh the public expert.
 
     Args:
       c: the two-slot architecture that the expert was trained in.
       shared, public, expert: the frozen anchor, and the trained group of one slot.
     """
-    rows_LD = _discriminants(*_both_sides(config, c, shared, (public, expert)))
     trained = placed.fetch({name: expert[name] for name in ("router", "bias")})
-    router_LED = trained["router"] + RECALIBRATION * rows_LD[:, None]
+    if c.router.evidence:
+        router_LED = BESIDE_EVIDENCE * trained["router"]
+    else:
+        rows_LD = _discriminants(*_both_sides(config, c, shared, (public, expert)))
+        router_LED = trained["router"] + RECALIBRATION * rows_LD[:, None]
     # Effective biases are -softplus of the raw ones: this is its inverse at the lowered value.
     lowered_LE = np.logaddexp(0.0, trained["bias"].astype(np.float64)) + MARGIN
     bias_LE = lowered_LE + np.log(-np.expm1(-lowered_LE))
@@ -116,15 +163,7 @@ def _both_sides(
     Raises:
       ConfigError: one of the two is missing.
     """
-    own = [s for s in config.data.sources if not s.public]
-    public = _public(config.data.sources)
-    if not own or not public:
-        raise ConfigError(
-            "A row that reads hidden states needs text of the owner and public text",
-            got=f"{len(own)} own and {len(public)} public source(s)",
-            where="config.data.sources",
-            fix="add a source with public=True, or use router_init.method=embedding",
-        )
+    own, public = _sources(config, "A row that reads hidden states compares")
 
     def inputs(side: list[SourceConfig]) -> np.ndarray:
         n_rows = -(-config.router_init.documents // len(side))
@@ -134,6 +173,20 @@ def _both_sides(
         )
 
     return inputs(own), inputs(public)
+
+
+def _sources(config: RunConfig, what: str) -> tuple[list[SourceConfig], list[SourceConfig]]:
+    """The owner's sources and the public ones, some of each."""
+    own = [s for s in config.data.sources if not s.public]
+    public = _public(config.data.sources)
+    if not own or not public:
+        raise ConfigError(
+            f"{what} text of the owner with public text",
+            got=f"{len(own)} own and {len(public)} public source(s)",
+            where="config.data.sources",
+            fix="add a source with public=True; a small weight will do",
+        )
+    return own, public
 
 
 def _discriminants(own_LND: np.ndarray, public_LND: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ class Recipe:
       adapters: what an expert holds beyond its FFN.
       rows_of: the recipe whose finished experts it takes, with rows that each owner tunes alone
         afterwards; what trains an expert is then that recipe's.
+      evidence: `RouterConfig.evidence`.
       tuned: tune the router afterwards as the paper does, on proxies and public text.
       says: what it is, for tables.
     """
@@ -30,14 +31,15 @@ class Recipe:
     overrides: tuple[str, ...] = ()
     adapters: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     rows_of: str = ""
+    evidence: float = 0.0
     tuned: bool = False
     says: str = ""
 
     @property
     def agreed(self) -> str:
         """Name of the anchor that its experts agree on: one for every set of choices above."""
-        held = dataclasses.asdict(self.adapters).items()
-        return "-".join([self.context, *(f"{name}{int(n)}" for name, n in held if n)])
+        held = {"evidence": self.evidence, **dataclasses.asdict(self.adapters)}
+        return "-".join([self.context, *(f"{name}{int(n)}" for name, n in held.items() if n)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,9 @@ def agreed(anchor: Path, out: Path, recipe: Recipe, public: Sequence[Path]) -> m
       public: token-shard directories.
     """
     info, params, _ = model_dir.load_model(anchor)
-    router = dataclasses.replace(info.config.router, context=recipe.context)
+    router = dataclasses.replace(
+        info.config.router, context=recipe.context, evidence=recipe.evidence
+    )
     config = info.config.replace(router=router, adapters=recipe.adapters)
     piece = _holding(slices.take_slot(params["experts"], 0), config)
     if recipe.context == "token":
@@ -69,7 +71,7 @@ def mixture(
       experts: id to slice, the public one included; router rows and biases in them are ignored.
     """
     info = model_info.read_info(anchor)
-    router = dataclasses.replace(info.config.router, context="token")
+    router = dataclasses.replace(info.config.router, context="token", evidence=0.0)
     config = info.config.replace(
         n_slots=len(experts), n_active=n_active, router=router, adapters=AdapterConfig()
     )

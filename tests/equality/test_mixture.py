@@ -14,7 +14,7 @@ import pytest
 import toy
 
 from flexolmo_jax import attention, loss, mesh, model, moe, router, sharding, tree
-from flexolmo_jax.config import AdapterConfig
+from flexolmo_jax.config import AdapterConfig, RouterConfig
 
 TOLERANCE = 1e-5
 
@@ -122,7 +122,13 @@ def test_a_slot_that_another_row_uses_may_hold_anything(dispatch):
 
 
 # Experts of FFNs alone, and experts that add to attention and norms.
-MORE = [{}, {"adapters": AdapterConfig(attention=3, head=2, norms=True)}]
+MORE = [
+    {},
+    {
+        "adapters": AdapterConfig(attention=3, head=2, norms=True),
+        "router": RouterConfig("document", evidence=4.0),
+    },
+]
 
 
 @pytest.mark.parametrize("more", MORE, ids=str)

@@ -34,9 +34,10 @@ SEGMENTS = np.array(
 )
 
 
-def config_with(*, context="token", renormalize=False, fallback=False, **changes):
+def config_with(*, context="token", renormalize=False, fallback=False, evidence=0.0, **changes):
     """TINY with changes."""
-    return TINY.replace(router=RouterConfig(context, renormalize, fallback), **changes)
+    router = RouterConfig(context, renormalize, fallback, evidence)
+    return TINY.replace(router=router, **changes)
 
 
 def shapes(c):
@@ -61,6 +62,8 @@ def shapes(c):
         experts |= {"head_a": (1, E, D, R), "head_b": (1, E, R, V)}
     if c.adapters.norms:
         experts |= {"attention_scale": (L, E, D), "ffn_scale": (L, E, D)}
+    if c.router.evidence:
+        experts["evidence"] = (1, E, V)
     return {"shared": shared, "experts": experts | {"router": (L, E, D), "bias": (L, E)}}
 
 
@@ -76,7 +79,7 @@ def random_params(config, seed=0):
             return (1.0 + 0.3 * normal).astype(np.float32)
         if name == "bias":
             return (normal * 2.0).astype(np.float32)
-        scale = {"embedding": 1.0, "router": 0.5}.get(name, config.d_model**-0.5)
+        scale = {"embedding": 1.0, "router": 0.5, "evidence": 0.5}.get(name, config.d_model**-0.5)
         return (scale * normal).astype(np.float32)
 
     return {part: fill(part, shape) for part, shape in shapes(config).items()}

@@ -99,9 +99,14 @@ def swiglu(x, w_gate, w_up, w_down):
 
 
 def combine_weights(
-    x, router, raw_bias, allowed, segments, *, k, context, renormalize, fallback=False
-):
-    """Weight of each slot for each token of a row: x [T,D], router [E,D], allowed [E] -> [T,E]."""
+    x, router, raw_bias, allowed, segments, *, k, context, renormalize, fallback=False,
+    says=None, worth=0.0,
+):  # fmt: skip
+    """Weight of each slot for each token of a row: x [T,D], router [E,D], allowed [E] -> [T,E].
+
+    With `worth`, `says` [T,E] is what each token says of its document, and n tokens of a document
+    count as n * worth / (n + worth) times their mean.
+    """
     allowed = np.asarray(allowed, bool)
     if not allowed.any():
         raise ValueError("no slot is allowed")
@@ -114,7 +119,11 @@ def combine_weights(
         logits = []
         for e in candidates:
             bias = 0.0 if e == 0 else -np.logaddexp(0.0, raw_bias[e])
-            logits.append(raw_logits[e][first : t + 1].mean() + bias)
+            mean = raw_logits[e][first : t + 1].mean()
+            if worth:
+                n = t + 1 - first
+                mean = (mean + says[first : t + 1, e].mean()) * n * worth / (n + worth)
+            logits.append(mean + bias)
         probs = np.exp(np.array(logits) - max(logits))
         probs /= probs.sum()
         always = {c for c in range(len(candidates)) if fallback and candidates[c] == 0}
@@ -128,12 +137,12 @@ def combine_weights(
     return out
 
 
-def mixture(config, layer, x, segments, allowed):
+def mixture(config, layer, x, segments, allowed, says):
     """Output [T,D] and combine weights [T,E] of one row; experts and router both read `x`."""
     weights = combine_weights(
         x, layer["router"], layer["bias"], allowed, segments,
         k=config.n_active, context=config.router.context, renormalize=config.router.renormalize,
-        fallback=config.router.fallback,
+        fallback=config.router.fallback, says=says, worth=config.router.evidence,
     )  # fmt: skip
     out = np.zeros_like(x)
     for t in range(len(x)):
@@ -143,7 +152,7 @@ def mixture(config, layer, x, segments, allowed):
     return out, weights
 
 
-def block(config, layer, x, segments, allowed, below):
+def block(config, layer, x, segments, allowed, below, says):
     """One layer for one row: (new residual stream [T,D], combine weights [T,E]).
 
     `below` has the combine weights of the layer below, by which experts add to attention.
@@ -151,12 +160,12 @@ def block(config, layer, x, segments, allowed, below):
     eps, first = config.norm_eps, norm_weight(layer, "attention", below)
     if config.norm_placement == "post":
         h = x + rms_norm(attention(config, layer, x, segments, below), first, eps)
-        y, weights = mixture(config, layer, h, segments, allowed)
+        y, weights = mixture(config, layer, h, segments, allowed, says)
         return h + rms_norm(y, norm_weight(layer, "ffn", weights), eps), weights
     h = x + attention(config, layer, rms_norm(x, first, eps), segments, below)
     # This norm stands before the router, so it knows the layer below only.
     read = rms_norm(h, norm_weight(layer, "ffn", below), eps)
-    y, weights = mixture(config, layer, read, segments, allowed)
+    y, weights = mixture(config, layer, read, segments, allowed, says)
     return h + y, weights
 
 
@@ -167,7 +176,7 @@ def _layer(params, index):
     return {
         name: np.asarray(leaf[index], np.float64)
         for name, leaf in merged.items()
-        if not name.startswith("head_")
+        if not name.startswith(("head_", "evidence"))
     }
 
 
@@ -186,10 +195,14 @@ def forward(config, params, tokens, segments=None, allowed=None):
     head = embedding.T if config.tied_embeddings else params["shared"]["unembed"]
     states, weights = [embedding[tokens]], []
     below = np.zeros((*tokens.shape, config.n_slots))
+    says = [None] * len(tokens)
+    if "evidence" in params["experts"]:
+        table = np.asarray(params["experts"]["evidence"][0], np.float64)
+        says = [table[:, row].T for row in tokens]
     for index in range(config.n_layers):
         layer = _layer(params, index)
         rows = [
-            block(config, layer, states[-1][b], segments[b], allowed[b], below[b])
+            block(config, layer, states[-1][b], segments[b], allowed[b], below[b], says[b])
             for b in range(len(tokens))
         ]
         states.append(np.stack([x for x, _ in rows]))

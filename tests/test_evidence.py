@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tokens say of a document: tables made alone, sums that saturate, and the way to a model."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from test_router_init import run_config
+
+from flexolmo_jax import evidence, model, router
+from flexolmo_jax.config import DataConfig, ModelConfig, RouterConfig, RouterInitConfig, from_dict
+from flexolmo_jax.data import shards
+from flexolmo_jax.errors import ConfigError
+from flexolmo_jax.experts import router_init
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return toy.texts(tmp_path_factory.mktemp("texts"))
+
+
+# Broken once by swapping the two sides, and by smoothing one of them only.
+def test_a_table_is_a_smoothed_log_ratio():
+    own, public = np.array([90, 0, 0, 10]), np.array([0, 0, 190, 10])
+    want = np.log(np.array([100, 10, 10, 20]) / 140) - np.log(np.array([10, 10, 200, 20]) / 240)
+    made = evidence.table(own, public)
+    assert made.dtype == np.float32
+    np.testing.assert_allclose(made, want, rtol=1e-6)
+    np.testing.assert_array_equal(evidence.table(own, own), 0)
+    # One occurrence in a long text hardly shows: it is a tenth of what smoothing adds.
+    once = np.array([10**6, 1, 0, 0]), np.array([10**6, 0, 0, 0])
+    np.testing.assert_allclose(evidence.table(*once)[1], np.log(1.1), atol=1e-4)
+
+
+def test_tables_are_counted_from_both_texts_and_no_other(texts):
+    c = toy.config(vocab_size=texts.vocab_size, router=RouterConfig("document", evidence=4.0))
+    counts = []
+    for path in (texts.own, texts.public):
+        opened = shards.open_shards(path)
+        counts.append(np.bincount(opened.tokens(0, opened.n_tokens), minlength=c.vocab_size))
+    made = router_init.evidence_table(run_config(texts), c)
+    np.testing.assert_array_equal(made, evidence.table(*counts)[None, None])
+    only = DataConfig(sources=run_config(texts).data.sources[:1], seq_len=16)
+    with pytest.raises(ConfigError, match="evidence compares text of the owner with public text"):
+        router_init.evidence_table(run_config(texts, data=only), c)
+
+
+def test_a_long_text_is_counted_by_stretches_that_lie_evenly_over_it(texts, monkeypatch):
+    opened = shards.open_shards(texts.own)
+    monkeypatch.setattr(router_init, "COUNTED", opened.n_tokens // 3)
+    counts = router_init._counts(list(run_config(texts).data.sources[:1]), texts.vocab_size)
+    assert counts.sum() == opened.n_tokens // 3
+
+
+def test_n_tokens_count_as_many_as_are_worth_it():
+    total, number = jnp.array([[[12.0]]]), jnp.array([[6.0]])
+    assert router.judged(total, number, 0.0) == 2.0
+    # Worth 3 tokens at most: 6 count as 2.
+    assert router.judged(total, number, 3.0) == pytest.approx(4.0)
+    assert router.judged(total, number, 1e9) == pytest.approx(12.0)
+    nothing = jnp.zeros((1, 1, 1)), jnp.zeros((1, 1))
+    assert router.judged(*nothing, 0.0) == router.judged(*nothing, 3.0) == 0
+
+
+def test_a_document_that_does_not_branch_says_the_same_either_way():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.standard_normal((2, 5, 3)), jnp.float32)
+    start, count = jnp.asarray(rng.standard_normal((2, 3)), jnp.float32), jnp.array([4.0, 7.0])
+    chain = jnp.asarray(np.broadcast_to(np.tril(np.ones((5, 5), bool)), (2, 5, 5)))
+    branches = router.path_mean(logits, chain, start, count, 6.0)
+    straight, *_ = router.document_mean(logits, jnp.ones((2, 5), jnp.int32), start, count, 6.0)
+    np.testing.assert_allclose(branches, straight, atol=1e-5)
+
+
+def test_each_slot_reads_its_own_table():
+    c = toy.config(router=RouterConfig("document", evidence=4.0))
+    table = toy.params(c)["experts"]["evidence"]
+    assert table.shape == (1, c.n_slots, c.vocab_size)
+    groups = tuple({"evidence": part} for part in np.split(np.asarray(table), [1, 3], axis=1))
+    tokens = toy.batch()["tokens"]
+    says = np.asarray(evidence.of_tokens(groups, tokens))
+    for slot in range(c.n_slots):
+        np.testing.assert_array_equal(says[..., slot], np.asarray(table)[0, slot][tokens])
+
+
+@pytest.mark.parametrize(
+    "router_", [{"context": "token", "evidence": 3.0}, {"context": "document", "evidence": -1.0}]
+)
+def test_evidence_needs_documents(router_):
+    with pytest.raises(ConfigError, match="gathered over documents"):
+        RouterConfig(**router_)
+
+
+def test_models_without_evidence_are_written_as_before_there_was_any():
+    plain = toy.config()
+    assert set(plain.to_json()["router"]) == {"context", "renormalize", "fallback"}
+    assert "adapters" not in plain.to_json()
+    assert "evidence" not in model.abstract_params(plain)["experts"]
+    for c in (plain, toy.config(router=RouterConfig("document", evidence=4.0))):
+        text = json.dumps(c.to_json())
+        assert from_dict(ModelConfig, json.loads(text)) == c
+    assert json.loads(text)["router"]["evidence"] == 4.0
+
+
+def test_auto_is_what_suits_the_anchor():
+    auto = RouterInitConfig(method="auto")
+    plain = router_init.resolve(auto, toy.config())
+    assert plain == dataclasses.replace(auto, method="discriminant", recalibrate=True)
+    c = toy.config(router=RouterConfig("document", evidence=4.0))
+    beside = router_init.resolve(auto, c)
+    assert (beside.method, beside.recalibrate) == ("zeros", True)
+    effective = router.effective_bias(jnp.array([0.0, beside.bias]))
+    assert effective[1] == pytest.approx(-router_init.MARGIN)
+    given = RouterInitConfig(method="hidden_mean")
+    assert router_init.resolve(given, c) is given
+
+
+def test_recalibration_keeps_half_of_a_row_beside_evidence(texts):
+    router_ = RouterConfig("document", evidence=4.0)
+    c = toy.config(vocab_size=texts.vocab_size, n_slots=2, n_active=2, router=router_)
+    params = toy.params(c)
+    halves = [{n: x[:, i : i + 1] for n, x in params["experts"].items()} for i in range(2)]
+    made = router_init.recalibrate(run_config(texts), c, params["shared"], *halves)
+    np.testing.assert_array_equal(made["router"], 0.5 * np.asarray(halves[1]["router"]))
+    lower = np.logaddexp(0, made["bias"]) - np.logaddexp(0, np.asarray(halves[1]["bias"]))
+    np.testing.assert_allclose(lower, router_init.MARGIN, rtol=1e-5)
+    assert made["evidence"] is halves[1]["evidence"]
