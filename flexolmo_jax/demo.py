@@ -15,6 +15,7 @@ from flexolmo_jax.errors import ConfigError, DataError
 from flexolmo_jax.experts import model_info
 from flexolmo_jax.experts.manifest import PUBLIC
 from flexolmo_jax.jobs import local, progress
+from flexolmo_jax.stages import TRAINED, learnt
 
 # Files of the checkout: the demo shows the same experiment files that a user would edit.
 PLAN = Path(__file__).resolve().parents[1] / "experiments" / "plans" / "demo.py"
@@ -135,7 +136,9 @@ def training(workdir: Path, name: str) -> dict[str, Any]:
     info = model_info.read_info(workdir / "stitched")
     expert = PUBLIC if name == "anchor" else name
     manifest = report.read_json(info.expert_path(expert) / "flexolmo.json")
-    shapes = [leaf["shape"] for leaf in manifest["leaves"].values()]
+    leaves = manifest["leaves"]
+    trained = TRAINED["anchor"] if name == "anchor" else learnt(leaves)
+    shapes = [leaves[leaf]["shape"] for leaf in trained]
     if name == "anchor":
         shapes += [leaf["shape"] for leaf in info.content["shared"].values()]
     count = sum(int(np.prod(shape)) for shape in shapes)

@@ -14,6 +14,8 @@ of the first only, and the second has no optimizer state and no float32 copy.
            everybody's text and so is what independent experts are compared with.
 """
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 
@@ -40,7 +42,7 @@ def split(stage: str, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
     """
     group = params["experts"]
     if stage == "expert":
-        trained = {name: group[name] for name in _learnt(group)}
+        trained = {name: group[name] for name in learnt(group)}
         counted = {name: leaf for name, leaf in group.items() if name not in trained}
         kept = {"expert": counted} if counted else {}
         return {"expert": trained}, {"shared": params["shared"], "public": group, **kept}
@@ -53,7 +55,7 @@ def split(stage: str, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
     return {"shared": params["shared"], "experts": trained}, {"experts": kept}
 
 
-def _learnt(group: tree.Tree) -> list[str]:
+def learnt(group: Iterable[str]) -> list[str]:
     """Leaves of a group that an expert trains: a table of evidence is counted instead."""
     return [name for name in group if name != evidence.LEAF]
 
@@ -73,7 +75,7 @@ def upcycle(anchor: tree.Tree, router_LD: jax.Array, bias: float, key: jax.Array
       key: draws what adapters start from.
     """
     public = anchor["experts"]
-    expert = {name: jnp.asarray(public[name], jnp.float32) for name in _learnt(public)}
+    expert = {name: jnp.asarray(public[name], jnp.float32) for name in learnt(public)}
     expert = adapters.drawn(expert, key)
     expert["router"] = jnp.asarray(router_LD, jnp.float32)[:, None, :]
     expert["bias"] = jnp.full_like(expert["bias"], bias)

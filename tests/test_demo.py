@@ -101,7 +101,9 @@ def test_the_judge_measures_every_model_and_the_report_takes_it(workdir):
     (sample,) = found["samples"]
     assert sample["expert"] == "code" and sample["denied"]["tokens_per_expert"]["code"] == 0
     content = demo.collect(workdir, {"assets": {"seconds": 1.0}})
-    assert content["training"]["train:code"]["trained_parameters"] == 2 * (3 * 32 * 48 + 32 + 1)
+    assert content["training"]["train:code"]["trained_parameters"] == (
+        2 * (3 * 32 * 48 + 32 + 1) + 64 * (32 + 304)
+    )
     assert content["digests"]["slices"].keys() == {"code"}
     assert "stitched, code denied" in demo.table(content)
     assert demo.curves(workdir, ["code"])["anchor"] == {"step": [1], "loss": [3.0]}
