@@ -107,7 +107,7 @@ def write_final(
         "model": config.to_json(),
         "anchor_digest": anchor_digest,
         "training": dict(training),
-        "recipe": {"router": dataclasses.asdict(config.router), **dict(recipe or {})},
+        "recipe": {"router": config.to_json()["router"], **dict(recipe or {})},
     }
     with distributed.together("writing the final weights"):
         if distributed.first():

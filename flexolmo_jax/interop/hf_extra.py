@@ -8,7 +8,6 @@ whose effective value is 0 and, in a dense model, the public router row. The fil
 these are what a model without them gets (`DEFAULTS`).
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,7 +50,7 @@ def describe(
         "anchor_digest": info.anchor_digest,
         "model_digest": info.model_digest,
         "complete": complete,
-        "router": dataclasses.asdict(info.config.router),
+        "router": info.config.to_json()["router"],
         "experts": experts,
         "training": info.training,
         "versions": {"flexolmo_jax": flexolmo_jax.__version__},

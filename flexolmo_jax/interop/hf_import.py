@@ -164,7 +164,7 @@ def _members(found: HfModel, src: Path, given: Sequence[str] | None) -> list[mod
             expected=f"{count} names, the first one {manifests.PUBLIC}",
             where="--experts",
         )
-    recipe = {"router": dataclasses.asdict(found.config.router)}
+    recipe = {"router": found.config.to_json()["router"]}
     rows = listed or [{"training": NO_TRAINING, "recipe": recipe, "data_card": {}}] * count
     return [
         model_dir.Member(name, {}, row["training"], row["recipe"], row["data_card"])
