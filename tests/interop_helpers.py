@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models on disk, of every kind that another program has a class for."""
 
-import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -113,4 +112,4 @@ def make_model(
 
 def recipe_router(c):
     """The router of a configuration as a recipe names it."""
-    return dataclasses.asdict(c.router)
+    return c.to_json()["router"]

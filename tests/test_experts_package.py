@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import dataclasses
 import json
 import shutil
 
@@ -59,7 +58,7 @@ def test_an_expert_run_becomes_a_slice_that_can_be_stitched(runs, tmp_path):
     assert info.digest == result["manifest_digest"]
     assert info.manifest["data_card"] == {"text": "letters to the editor"}
     assert info.manifest["training"] == TRAINING
-    assert info.manifest["recipe"]["router"] == dataclasses.asdict(CONFIG.router)
+    assert info.manifest["recipe"]["router"] == CONFIG.to_json()["router"]
     stitch.execute(stitch.plan(runs / "A", [tmp_path / "s"]), tmp_path / "m")
     assert verify(tmp_path / "m") == []
 
