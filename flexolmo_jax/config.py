@@ -8,6 +8,7 @@ is digested and shipped with it); `ExecConfig` is how a machine computes it and 
 
 import dataclasses
 import functools
+import math
 import operator
 import re
 import types
@@ -54,7 +55,8 @@ class RouterConfig:
     evidence: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.evidence < 0 or (self.evidence and self.context != "document"):
+        some = self.evidence > 0 and self.context == "document" and math.isfinite(self.evidence)
+        if self.evidence != 0 and not some:
             raise ConfigError(
                 "Evidence is gathered over documents",
                 got=f"evidence={self.evidence:g}, context={self.context!r}",

@@ -87,7 +87,13 @@ def test_each_slot_reads_its_own_table():
 
 
 @pytest.mark.parametrize(
-    "router_", [{"context": "token", "evidence": 3.0}, {"context": "document", "evidence": -1.0}]
+    "router_",
+    [
+        {"context": "token", "evidence": 3.0},
+        {"context": "document", "evidence": -1.0},
+        {"context": "document", "evidence": float("nan")},
+        {"context": "document", "evidence": float("inf")},
+    ],
 )
 def test_evidence_needs_documents(router_):
     with pytest.raises(ConfigError, match="gathered over documents"):
