@@ -196,7 +196,7 @@ def planned_model(table: dict[str, dict[str, Any]], arg: str) -> dict[str, Any]:
     """Fields of `ModelConfig` of the size in an argument whose other keys do not matter here."""
     given = dict(item.split("=", 1) for item in arg.split(",") if "=" in item)
     size = given.get("size", "tiny")
-    return {**pick(table, size), "router": router(size)}
+    return {**pick(table, size), "router": router(size), "adapters": adapters(size)}
 
 
 def router(size: str) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def get_config(arg: str = "") -> ConfigDict:
             common.base("anchor", a.size, "dense").optim.peak_lr,
         )
     else:
-        config.model = {**model, "router": common.router(a.size)}
+        # Trained together: nobody counts tokens of one owner, and nothing is added to FFNs.
+        config.model = {**model, "router": {**common.router(a.size), "evidence": 0.0}}
         config.tokenizer = "runs/demo/tokenizer.json"
     config.data.sources = tuple(
         common.source(f"{a.data}/{d}/train", public=d in common.PUBLIC)
