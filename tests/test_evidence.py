@@ -22,7 +22,7 @@ def texts(tmp_path_factory):
     return toy.texts(tmp_path_factory.mktemp("texts"))
 
 
-# Broken once by swapping the two sides, and by smoothing one of them only.
+# Broken once by swapping the two sides, and by smoothing the own side only.
 def test_a_table_is_a_smoothed_log_ratio():
     own, public = np.array([90, 0, 0, 10]), np.array([0, 0, 190, 10])
     want = np.log(np.array([100, 10, 10, 20]) / 140) - np.log(np.array([10, 10, 200, 20]) / 240)
@@ -50,9 +50,16 @@ def test_tables_are_counted_from_both_texts_and_no_other(texts):
 
 def test_a_long_text_is_counted_by_stretches_that_lie_evenly_over_it(texts, monkeypatch):
     opened = shards.open_shards(texts.own)
-    monkeypatch.setattr(router_init, "COUNTED", opened.n_tokens // 3)
-    counts = router_init._counts(list(run_config(texts).data.sources[:1]), texts.vocab_size)
-    assert counts.sum() == opened.n_tokens // 3
+    n = opened.n_tokens
+    monkeypatch.setattr(router_init, "COUNTED", 60)
+    monkeypatch.setattr(router_init, "STRETCH", 20)
+    own, public = run_config(texts).data.sources
+    counts = router_init._counts([own], texts.vocab_size)
+    # Beginning, middle and end.
+    places = [*range(20), *range((n - 20) // 2, (n - 20) // 2 + 20), *range(n - 20, n)]
+    want = np.bincount(opened.tokens(0, n)[places], minlength=texts.vocab_size)
+    np.testing.assert_array_equal(counts, want)
+    assert router_init._counts([own, public], texts.vocab_size).sum() == 60
 
 
 def test_n_tokens_count_as_many_as_are_worth_it():

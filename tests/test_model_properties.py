@@ -346,9 +346,7 @@ def others(grads, slot):
 @pytest.mark.parametrize("more", [{}, MORE], ids=str)
 @pytest.mark.parametrize("dispatch", ["dense", "blocked"])
 def test_a_slot_that_all_rows_deny_changes_no_gradient(dispatch, more):
-    """Mutations: `router_ED`, or evidence, of unused slots not cleared; `_dense` without the inner
-    `where`.
-    """
+    """Mutations: `router_ED` of unused slots not cleared; `_dense` without the inner `where`."""
     config, params, tokens, segments = setup(norm_placement="pre", n_active=3, **more)
     allowed, rows = np.array([[1, 1, 0, 1]] * 3, bool), np.ones(3, bool)
     args = (tokens, segments, allowed, rows)
@@ -358,6 +356,26 @@ def test_a_slot_that_all_rows_deny_changes_no_gradient(dispatch, more):
         got = others(gradients(config, dispatch, poison(params, 2, fill), *args), 2)
         for name, leaf in clean.items():
             np.testing.assert_array_equal(got[name], leaf, err_msg=f"{name} {fill}")
+
+
+def test_a_slot_that_all_rows_deny_enters_no_loss_of_the_router():
+    """Losses read the logits of every slot. Mutation: evidence of unused slots not cleared."""
+    config, params, tokens, segments = setup(n_active=3, **MORE)
+
+    def logits(params):
+        return model.forward(
+            config,
+            model.Runtime(dispatch="dense"),
+            params["shared"],
+            (params["experts"],),
+            tokens,
+            segments_BT=segments,
+            allowed_BE=np.array([[1, 1, 0, 1]] * 3, bool),
+        ).router_logits_LBTE
+
+    clean, spoilt = logits(params), logits(poison(params, 2, np.nan))
+    assert np.isfinite(clean).all()
+    np.testing.assert_array_equal(spoilt, clean)
 
 
 @pytest.mark.parametrize("dispatch", ["dense", "blocked"])

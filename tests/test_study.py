@@ -376,6 +376,11 @@ def test_training_flops():
     union = judge.train_flops(real, config, "unrestricted-flops")
     assert ours == pytest.approx(union, rel=0.01)
     assert flops["unrestricted-data"] > flops["soup"]
+    # Broken once by counting what an anchor has room for.
+    roomy = C.replace(adapters=AdapterConfig(head=4))
+    for name in ("btx", "soup", "unrestricted-data"):
+        assert judge.train_flops(STUDY, roomy, name) == flops[name]
+    assert judge.train_flops(STUDY, roomy, "ours") > flops["ours"]
 
 
 # --- Summary and page --------------------------------------------------------------------------

@@ -41,8 +41,8 @@ BESIDE_EVIDENCE = 0.5
 STRIDE = 12
 KEPT = slice(STRIDE // 2, None, STRIDE)
 _ROWS = 8
-# Tokens of each side that are counted at most, spread evenly over its text.
-COUNTED = 1 << 24
+# Tokens of each side that are counted at most, in stretches of about so many, evenly spaced.
+COUNTED, STRETCH = 1 << 24, 1 << 16
 
 
 def resolve(init: RouterInitConfig, c: ModelConfig) -> RouterInitConfig:
@@ -110,11 +110,10 @@ def evidence_table(config: RunConfig, c: ModelConfig) -> np.ndarray:
 def _counts(sources: Sequence[SourceConfig], vocab_size: int) -> np.ndarray:
     """Token counts [V] of sources, by stretches that lie evenly over each."""
     total_V = np.zeros(vocab_size, np.int64)
-    stretch = 1 << 16
     for source in sources:
         opened = shards.open_shards(source.path, vocab_size=vocab_size)
         wanted = min(COUNTED // len(sources), opened.n_tokens)
-        number = -(-wanted // stretch)
+        number = -(-wanted // STRETCH)
         size = -(-wanted // number)
         for start in np.linspace(0, opened.n_tokens - size, number).astype(int):
             tokens = opened.tokens(int(start), int(start) + size)

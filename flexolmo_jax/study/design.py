@@ -39,7 +39,7 @@ class Recipe:
     def agreed(self) -> str:
         """Name of the anchor that its experts agree on: one for every set of choices above."""
         held = {"evidence": self.evidence, **dataclasses.asdict(self.adapters)}
-        return "-".join([self.context, *(f"{name}{int(n)}" for name, n in held.items() if n)])
+        return "-".join([self.context, *(f"{name}{n:g}" for name, n in held.items() if n)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -250,6 +250,9 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
       config: of the recipe's experts, else of the anchor.
     """
     owners, tokens = len(study.owners), study.owner_tokens
+    recipe = recipe_of(study, name)
+    if not recipe:  # Whatever the anchor has room for, rivals are made of FFNs alone.
+        config = config.replace(adapters=AdapterConfig())
     router_tokens = study.steps["router"] * study.batch_rows * study.seq_len
 
     def cost(stage: str, active: int = 1) -> float:
@@ -261,7 +264,7 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
     if name.startswith("unrestricted"):
         steps = study.steps[name.replace("unrestricted", "union")]
         return steps * study.batch_rows * study.seq_len * cost("joint", 2)
-    if recipe := recipe_of(study, name):
+    if recipe:
         tuned = router_tokens * cost("router", 2) if name.endswith("-tuned") else 0.0
         after = owners * router_tokens * cost("rows") if study.recipes[recipe].rows_of else 0.0
         return owners * tokens * cost("expert") + tuned + after
