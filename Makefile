@@ -58,7 +58,8 @@ test-pods: .venv-pods/.installed
 
 # Apache Beam asks for older protobuf and pyarrow than the rest is tested with.
 test-beam: .venv-beam/.installed
-	@$(BEAM_BIN)/python -m pytest -q tests/test_beam_prepare.py tests/test_corpus_prepare.py $(ARGS)
+	@$(BEAM_BIN)/python -m pytest -q tests/test_beam_prepare.py tests/test_corpus_prepare.py \
+		tests/test_data_filters.py $(ARGS)
 
 .venv-beam/.installed: setup.cfg pyproject.toml
 	test -x $(BEAM_BIN)/python || $(PYTHON) -m venv .venv-beam

@@ -9,7 +9,7 @@ import pytest
 from data_helpers import words
 
 from flexolmo_jax.cli import prepare as command
-from flexolmo_jax.data import tokenize
+from flexolmo_jax.data import corpora, tokenize
 from flexolmo_jax.data.corpora import Document
 from flexolmo_jax.data.prepare import prepare_large, train_tokenizer
 from flexolmo_jax.data.shards import open_shards
@@ -25,6 +25,11 @@ def documents(count, words_each=60):
 
 
 OTHER = [words(number, 60) for number in range(1000, 1020)]
+
+
+def in_split(split, count=200):
+    """Texts that fall into a split."""
+    return [t for t in documents(count) if corpora.split_of("file", t) == split]
 
 
 def edited(text, number, changed):

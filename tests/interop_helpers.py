@@ -2,20 +2,26 @@
 """Small models on disk, of every kind that another program has a class for."""
 
 import functools
+import json
+import shutil
 import tempfile
 from pathlib import Path
 
 import data_helpers
 import numpy as np
+import pytest
 import toy
+from safetensors.numpy import save_file
 
 from flexolmo_jax import model
 from flexolmo_jax import tree as trees
 from flexolmo_jax.config import RouterConfig
 from flexolmo_jax.data import prepare
 from flexolmo_jax.data.corpora import Document
+from flexolmo_jax.errors import RefusedError
 from flexolmo_jax.experts import model_dir, model_info, stitch
 from flexolmo_jax.experts import slice as slices
+from flexolmo_jax.interop import hf_config, hf_names
 
 VOCAB = 300
 EXPERTS = ("code", "math", "news")
@@ -113,3 +119,51 @@ def make_model(
 def recipe_router(c):
     """The router of a configuration as a recipe names it."""
     return c.to_json()["router"]
+
+
+def settings(kind, **changes):
+    """A configuration that the class `kind` computes."""
+    switches = {**MIXTURES, **DENSE}[kind]
+    router = RouterConfig(renormalize=kind == "MixtralForCausalLM")
+    return config(**{"router": router, **switches, **changes})
+
+
+def stranger(folder, kind="FlexOlmoForCausalLM", *, seed=0, parts=1, change=None, **changes):
+    """A directory as another program writes it, with its parameters as a tree of ours."""
+    slots = {"n_slots": 3, "n_active": 2} if kind in MIXTURES else {}
+    c = settings(kind, **{**slots, **changes})
+    architecture = hf_config.architecture_for(c)
+    params = trees.flatten(random_params(c, seed))
+    state = {}
+    for row in hf_names.rows(architecture, c):
+        for name, layer, slot in hf_names.tensors(row, c):
+            part = params[row.leaf][layer] if hf_names.LAYER in row.template else params[row.leaf]
+            if row.leaf.startswith("experts/") and row.leaf != hf_names.ROUTER_LEAF:
+                part = part[slot]
+            part = part.reshape(row.shape[::-1]).T if row.transposed else part.reshape(row.shape)
+            state[name] = np.ascontiguousarray(part)
+    raw = hf_config.write(c, architecture, dtype="float32", eos_id=0, pad_id=None, extra={})
+    del raw["flexolmo"]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    shutil.copyfile(tokenizer_file(), folder / "tokenizer.json")
+    if change:
+        change(state)
+    names = sorted(state)
+    if parts == 1:
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        return params
+    places = {}
+    for i in range(parts):
+        file = f"model-{i + 1:05}-of-{parts:05}.safetensors"
+        save_file({n: state[n] for n in names[i::parts]}, folder / file)
+        places |= dict.fromkeys(names[i::parts], file)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return params
+
+
+def problems(call, *args, **kwargs):
+    with pytest.raises(RefusedError) as error:
+        call(*args, **kwargs)
+    return {(p.code, p.leaf) for p in error.value.problems}

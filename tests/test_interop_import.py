@@ -3,7 +3,6 @@ import errno
 import gc
 import json
 import os
-import shutil
 import types
 
 import jax.numpy as jnp
@@ -13,18 +12,17 @@ from expert_helpers import file_bytes, leaf_equal, peak_memory
 from interop_helpers import (
     DENSE,
     MIXTURES,
-    config,
     make_anchor,
     make_model,
-    random_params,
+    problems,
+    settings,
+    stranger,
     tokenizer_file,
 )
-from safetensors.numpy import save_file
 
 from flexolmo_jax import files, model
 from flexolmo_jax import tree as trees
 from flexolmo_jax.cli import main
-from flexolmo_jax.config import RouterConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError, DataError, MachineError, Problem, RefusedError
 from flexolmo_jax.experts import leafio, model_dir, model_info, verify
@@ -41,56 +39,8 @@ def no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-def settings(kind, **changes):
-    """A configuration that the class `kind` computes."""
-    switches = {**MIXTURES, **DENSE}[kind]
-    router = RouterConfig(renormalize=kind == "MixtralForCausalLM")
-    return config(**{"router": router, **switches, **changes})
-
-
-def stranger(folder, kind="FlexOlmoForCausalLM", *, seed=0, parts=1, change=None, **changes):
-    """A directory as another program writes it, with its parameters as a tree of ours."""
-    slots = {"n_slots": 3, "n_active": 2} if kind in MIXTURES else {}
-    c = settings(kind, **{**slots, **changes})
-    architecture = hf_config.architecture_for(c)
-    params = trees.flatten(random_params(c, seed))
-    state = {}
-    for row in hf_names.rows(architecture, c):
-        for name, layer, slot in hf_names.tensors(row, c):
-            part = params[row.leaf][layer] if hf_names.LAYER in row.template else params[row.leaf]
-            if row.leaf.startswith("experts/") and row.leaf != hf_names.ROUTER_LEAF:
-                part = part[slot]
-            part = part.reshape(row.shape[::-1]).T if row.transposed else part.reshape(row.shape)
-            state[name] = np.ascontiguousarray(part)
-    raw = hf_config.write(c, architecture, dtype="float32", eos_id=0, pad_id=None, extra={})
-    del raw["flexolmo"]
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(raw))
-    shutil.copyfile(tokenizer_file(), folder / "tokenizer.json")
-    if change:
-        change(state)
-    names = sorted(state)
-    if parts == 1:
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
-        return params
-    places = {}
-    for i in range(parts):
-        file = f"model-{i + 1:05}-of-{parts:05}.safetensors"
-        save_file({n: state[n] for n in names[i::parts]}, folder / file)
-        places |= dict.fromkeys(names[i::parts], file)
-    index = {"metadata": {"total_size": 1}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return params
-
-
 def loaded(path):
     return trees.flatten(model_dir.load_model(path)[1])
-
-
-def problems(call, *args, **kwargs):
-    with pytest.raises(RefusedError) as error:
-        call(*args, **kwargs)
-    return {(p.code, p.leaf) for p in error.value.problems}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -403,95 +353,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     hf_import.import_hf(tmp_path / "equal", tmp_path / "m")
     stranger(tmp_path / "small", "LlamaForCausalLM", vocab_size=size - 1)
     assert problems(hf_import.import_hf, tmp_path / "small", tmp_path / "x") == {("vocab-size", "")}
-
-
-def test_a_kept_bias_that_counts_is_refused(tmp_path):
-    """Other programs load the model without it, so it would be another model here."""
-    info = make_model(tmp_path, settings("FlexOlmoForCausalLM"), bias=-200.0)
-    hf_export.execute(hf_export.plan(info.path), tmp_path / "hf")
-    file = tmp_path / "hf/flexolmo/kept.safetensors"
-    kept = {name: st.read(entry) for name, entry in st.read_file(file).items()}
-    changes = {
-        "bias": {"experts/code/bias": np.full(2, -3, np.float32)},
-        "tensor-extra": {"experts/other/bias": np.full(2, -300, np.float32)},
-    }
-    for code, change in changes.items():
-        save_file({**kept, **change}, file)
-        found = problems(hf_import.import_hf, tmp_path / "hf", tmp_path / "x")
-        assert found == {(code, next(iter(change)))}
-    save_file({**kept, "experts/public/bias": np.full(2, -3, np.float32)}, file)
-    hf_import.import_hf(tmp_path / "hf", tmp_path / "m")  # slot 0 has none, whatever is stored
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda own: own.update(schema=2),
-        lambda own: own.update(experts=own["experts"][:2]),
-        lambda own: own.update(experts={}),
-        lambda own: own["experts"][1].pop("recipe"),
-        lambda own: own["experts"][1].update(id=3),
-        lambda own: own["experts"][1].update(id="../x"),
-        lambda own: own["experts"][1].update(id="public"),
-        lambda own: own["experts"][1].update(training={"steps": -1, "tokens": 1, "seed": 1}),
-        lambda own: own.update(training=[]),
-        lambda own: own.pop("training"),
-        lambda own: own["training"].update(note=json.loads('{"a":' * 700 + "1" + "}" * 700)),
-        lambda own: own["training"].update(note=[1] * (3 << 20)),
-    ],
-)
-def test_our_own_key_is_judged_like_any_input(tmp_path, change):
-    info = make_model(tmp_path, settings("FlexOlmoForCausalLM"))
-    hf_export.execute(hf_export.plan(info.path), tmp_path / "hf")
-    raw = json.loads((tmp_path / "hf/config.json").read_text())
-    change(raw["flexolmo"])
-    (tmp_path / "hf/config.json").write_text(json.dumps(raw))
-    with pytest.raises(RefusedError):
-        hf_import.import_hf(tmp_path / "hf", tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda raw: raw.update(num_attention_heads=0),
-        lambda raw: raw["rope_parameters"].update(
-            rope_theta=raw.update(rope_theta=10**400) or 10**400
-        ),
-        lambda raw: raw.update(layer_types=5),
-        lambda raw: raw.update(rope_scaling="linear"),
-        lambda raw: raw.update(
-            architectures=["MistralForCausalLM"], sliding_window=4, use_sliding_window=False
-        ),
-        lambda raw: raw.update(note=float("nan")),
-        lambda raw: raw.update(note="\ud800"),
-        lambda raw: raw.update(flexolmo={"schema": 1, "experts": [{}]}),
-    ],
-)
-def test_a_config_that_makes_no_model_is_refused(tmp_path, change):
-    stranger(tmp_path / "hf", "LlamaForCausalLM")
-    raw = json.loads((tmp_path / "hf/config.json").read_text())
-    change(raw)
-    (tmp_path / "hf/config.json").write_text(json.dumps(raw))
-    with pytest.raises(RefusedError):
-        hf_import.import_hf(tmp_path / "hf", tmp_path / "x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
-
-
-def test_sizes_beyond_the_file_are_refused_before_names_are_listed(tmp_path):
-    for i, sizes in enumerate(
-        (
-            {"num_hidden_layers": 1 << 40},
-            {"num_experts": 1 << 40},
-            {"num_hidden_layers": 20, "num_experts": 20},  # Each is less than there are tensors.
-        )
-    ):
-        folder = tmp_path / str(i)
-        stranger(folder)
-        raw = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**raw, **sizes}))
-        found = problems(hf_import.import_hf, folder, tmp_path / "x")
-        assert found == {("tensor-missing", "")}
 
 
 def test_memory_is_one_tensor_and_a_few_blocks(tmp_path, monkeypatch):
