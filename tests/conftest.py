@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every test runs with eight fake CPU devices, so that meshes of every shape can be made.
 
-Nearly all time would go into compilation, so programs are compiled without optimization (a test
-of what users compile asks for it) and a program that a test compiles again is read from disk.
+Nearly all time would go into compilation, so programs are compiled without optimization and by
+XLA's older emitters (a test of what users compile asks for theirs), and a program that a test
+compiles again is read from disk.
 
 Set FLEXOLMO_TEST_PLATFORM=device to run the tests marked `accelerator` on a real device instead.
 """
@@ -22,11 +23,25 @@ if not ON_DEVICE:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", FAKE_DEVICES)
     # Through the environment, so that processes which tests start compute the same bits.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # Without the fusion emitters (MLIR) a gradient compiles in a quarter of the time.
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    )
     # Of this process alone: the cache is not made for writers at the same time.
     COMPILED = tempfile.mkdtemp(prefix="compiled-")
     jax.config.update("jax_compilation_cache_dir", COMPILED)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_a_file():
+    """Lets go of compiled programs when a file is done.
+
+    Each has mappings of its own (`/proc/self/maps`); the kernel allows a process 65,530
+    (`vm.max_map_count`), and XLA crashes past them. Half of a whole run came to 56,000.
+    """
+    yield
+    jax.clear_caches()
 
 
 def pytest_unconfigure():

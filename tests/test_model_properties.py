@@ -30,7 +30,7 @@ RAGGED_LEAKS = pytest.param(
     ),
 )
 # Tests of denied contents compile as users do; the others as `conftest.py` says.
-AS_USERS = {"xla_backend_optimization_level": 3}
+AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 SUM_GATE = 1e-5  # float32 sums of a few weights, or of the same terms in another order
 few = hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
 many = hypothesis.settings(max_examples=100, deadline=None, derandomize=True)

@@ -141,8 +141,6 @@ def test_loss_by_hand():
 # Largest difference seen over all cases and dispatches: 4.2e-6 (logits of std 4.1),
 # 2.8e-6 where logits have std 1.
 LOGITS_GATE = 1e-4
-# These tests are about formulas: half of the compile time is enough for them.
-QUICK = {"xla_backend_optimization_level": 0}
 DISPATCHES = ("dense", "blocked", "ragged")
 ROWS = {"some": [[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 1]], "public": [[1, 0, 0, 0]] * 3}
 
@@ -232,7 +230,7 @@ def reference_of(case):
     return config, params, batch, allowed, outputs
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def run_model(config, dispatch, params, tokens, segments, allowed):
     run = model.Runtime(dispatch=dispatch)
     out = model.forward(
@@ -328,9 +326,7 @@ def model_loss(config, dispatch, params, batch, allowed):
     return jnp.sum(kept) / jnp.sum(batch["loss_mask"])
 
 
-value_and_gradients = jax.jit(
-    jax.value_and_grad(model_loss, argnums=2), static_argnums=(0, 1), compiler_options=QUICK
-)
+value_and_gradients = jax.jit(jax.value_and_grad(model_loss, argnums=2), static_argnums=(0, 1))
 
 
 def reference_loss(config, params, batch, allowed):
