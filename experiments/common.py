@@ -45,7 +45,13 @@ TINY_ROUTER_INIT = {"method": "auto", "documents": 192}
 # A thousand tokens per step, a learning rate for weights that are finished rather than new, and no
 # expert bias: Hugging Face files, where such a model is to be exported to, have none.
 TUNE_BATCH = {"batch_rows": 4, "seq_len": 256}
-TUNE_OPTIM = {"peak_lr": 3e-4, "warmup_steps": 5, "total_steps": 200, "weight_decay": 0.0}
+_TUNE = {"peak_lr": 3e-4, "warmup_steps": 5, "total_steps": 200, "weight_decay": 0.0}
+TUNE_OPTIM = {
+    "expert": _TUNE,
+    "dense": _TUNE,
+    "router": {**_TUNE, "peak_lr": 2e-3},
+    "joint": {**_TUNE, "load_balance": 0.01},
+}
 TUNE_ROUTER_INIT = {"bias": NO_BIAS}
 
 # ---- The paper's recipe (its section 4 and the reference scripts), for every other size. ------
@@ -181,6 +187,11 @@ def stitched_sizes() -> dict[str, dict[str, Any]]:
     }
 
 
+def finished_sizes() -> dict[str, dict[str, Any]]:
+    """Sizes whose recipes a mixture that exists already may go on with."""
+    return {**sizes(), **stitched_sizes()}
+
+
 def pick(table: dict[str, dict[str, Any]], size: str) -> dict[str, Any]:
     """Looks a size up.
 
@@ -203,7 +214,7 @@ def router(size: str) -> dict[str, Any]:
     """Fields of `RouterConfig` of a size, dense or stitched."""
     if size == "tiny":
         return dict(TINY_ROUTER)
-    fields = {**sizes(), **stitched_sizes()}[size]
+    fields = finished_sizes()[size]
     # Without the norm after a pre-norm block, weights that do not sum to 1 shrink its output.
     return {"context": "token", "renormalize": fields.get("norm_placement") == "pre"}
 
@@ -225,12 +236,12 @@ def base(stage: str, size: str, recipe: str = "") -> ConfigDict:
     for name, cls in (("data", DataConfig), ("exec", ExecConfig)):
         fields[name] = dataclasses.asdict(cls())
     fields["router_init"] = dataclasses.asdict(RouterInitConfig())
-    tiny, tune = size == "tiny", size == "135m" and recipe in ("expert", "dense")
-    optim = TINY_OPTIM[recipe] if tiny else TUNE_OPTIM if tune else PAPER_OPTIM[recipe]
+    tiny, tune = size == "tiny", size == "135m" and recipe in TUNE_OPTIM
+    optim = (TINY_OPTIM if tiny else TUNE_OPTIM if tune else PAPER_OPTIM)[recipe]
     steps = {"total_steps": TINY_STEPS[recipe]} if tiny else {}
     fields["optim"] = dataclasses.asdict(OptimConfig(**{**optim, **steps}))
     fields["data"].update(TINY_BATCH if tiny else TUNE_BATCH if tune else PAPER_BATCH)
-    if stage == "router" and not tiny:
+    if stage == "router" and not (tiny or tune):
         fields["data"]["batch_rows"] = PAPER_ROUTER_ROWS
     if tiny:
         fields["exec"].update(compute_dtype="float32")

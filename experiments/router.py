@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
         proxies="",
         public="+".join(f"runs/demo/data/{d}" for d in common.PUBLIC),
     )
-    common.pick(common.stitched_sizes(), a.size)
+    common.pick(common.finished_sizes(), a.size)
     config = common.base("router", a.size)
     config.anchor = a.model
     folders = [*filter(None, a.proxies.split("+")), *a.public.split("+")]

@@ -33,8 +33,9 @@ def get_config(arg: str = "") -> ConfigDict:
         domains="+".join((*common.PUBLIC, *common.CLOSED)),
         start="",
     )
+    sizes = common.finished_sizes() if a.start else common.stitched_sizes()
+    model = dict(common.pick(sizes, a.size))
     config = common.base("joint", a.size)
-    model = dict(common.pick(common.stitched_sizes(), a.size))
     if a.start and a.active:
         raise ConfigError("A mixture to go on with has its own number of active experts", got=arg)
     if a.active:

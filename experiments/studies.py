@@ -6,7 +6,10 @@ Command: flexolmo study --suite main --seeds 3 --size tiny --out runs/study
 Cost:    tiny: about half an hour per seed on two CPU cores, the anchor half an hour once.
 Expect:  docs/results.md.
 
-Argument: suite, size (tiny), seeds, anchor (an existing one), quick.
+         60m, 135m: for one GPU (no time was measured; no GPU was at hand). 135m starts from
+         SmolLM2-135M and answers benchmark questions too.
+
+Argument: suite, size (tiny, 60m, 135m), seeds, anchor (an existing one), quick.
 
 Suites: `main` trains the paper's recipe, ours, and every rival. `ablations` trains experts only:
 what each idea does on the way from the paper's recipe to ours, and the paper's own ablations;
@@ -17,6 +20,7 @@ in every suite; `opt-out` and `active-experts` score that alone, of ours and the
 second owners of news and code whose text is their own, half of the first one's, or all of it.
 """
 
+import dataclasses
 import random
 from typing import Any
 
@@ -30,11 +34,8 @@ CLOSED = ("code", "news", "legal", "government", "academic", "religious")
 UNSEEN = ("math", "biomed")
 
 # ---- Recipes: the paper's, and one idea after the other on the way to ours. -------------------
-# The learning rate of experts, as that of dense models in common.py, is the best of three on the
-# tuning text of news (LOG.md).
-_LR = ("optim.peak_lr=0.004",)
+# What they say goes on top of `EXPERT` of the size.
 _PAPER = (
-    *_LR,
     "router_init.method=embedding",
     "optim.router_label_loss=0.0",
     "optim.router_z_loss=0.001",
@@ -45,7 +46,7 @@ EVIDENCE = common.TINY_ROUTER["evidence"]
 HEAD = AdapterConfig(**common.TINY_ADAPTERS)
 RECIPES = {
     "ours": Recipe(
-        "document", SHARE, _LR, adapters=HEAD, evidence=EVIDENCE, says="the recipe of size tiny"
+        "document", SHARE, adapters=HEAD, evidence=EVIDENCE, says="the recipe of size tiny"
     ),
     "paper": Recipe(
         "token", 0.0, _PAPER, tuned=True, says="own text only, rows from document embeddings"
@@ -60,20 +61,19 @@ RECIPES = {
     "ruler": Recipe(
         "document",
         SHARE,
-        (*_LR, "router_init.method=discriminant"),
+        ("router_init.method=discriminant",),
         says="and rows that start at a log density ratio with the public ruler",
     ),
     "hidden": Recipe(
-        "document", SHARE, _LR, says="and are fitted to the trained pair: hidden states alone"
+        "document", SHARE, says="and are fitted to the trained pair: hidden states alone"
     ),
-    "ffn": Recipe("document", SHARE, _LR, evidence=EVIDENCE, says="ours, experts of FFNs alone"),
+    "ffn": Recipe("document", SHARE, evidence=EVIDENCE, says="ours, experts of FFNs alone"),
     "no-evidence": Recipe(
-        "document", SHARE, _LR, adapters=HEAD, says="ours, rows judge by hidden states alone"
+        "document", SHARE, adapters=HEAD, says="ours, rows judge by hidden states alone"
     ),
     "attention": Recipe(
         "document",
         SHARE,
-        _LR,
         adapters=AdapterConfig(attention=16),
         evidence=EVIDENCE,
         says="ffn, and they add to attention (rank 16)",
@@ -81,7 +81,6 @@ RECIPES = {
     "norms": Recipe(
         "document",
         SHARE,
-        _LR,
         adapters=AdapterConfig(norms=True),
         evidence=EVIDENCE,
         says="ffn, and they add to norms",
@@ -161,12 +160,46 @@ def _orders(suite: str) -> dict[str, tuple[str, ...]]:
 
 
 # ---- Numbers of a size. -----------------------------------------------------------------------
+# The learning rate of experts at size tiny, as that of dense models in common.py, is the best of
+# three on the tuning text of news (LOG.md); it came to twice the dense one. The other sizes take
+# twice theirs, untuned, and what else the recipes of size tiny are made of.
+_AS_TINY = (
+    "optim.router_label_loss=1.0",
+    "optim.router_z_loss=0.0",
+    "router_init.method=auto",
+    "router_init.documents=192",
+    "router_init.bias=-4.0",
+)
+EXPERT = {
+    "tiny": ("optim.peak_lr=0.004",),
+    "60m": ("optim.peak_lr=0.0018", *_AS_TINY),
+    "135m": ("optim.peak_lr=0.0006", *_AS_TINY),
+}
 TINY = {
     "bytes": {"public": 12_000_000, "closed": 6_000_000, "heldout": 400_000},
     "steps": {"anchor": 4000, "owner": 80, "router": 60},
     "seq_len": 256,
     "batch_rows": 8,
     "rows": {"heldout": 24, "tuning": 8, "sets": 8},
+}
+# A tokenizer of the text that there is: 100,352 tokens of it would hardly be seen.
+SIXTY = {
+    "bytes": {"public": 60_000_000, "closed": 12_000_000, "heldout": 1_000_000},
+    "steps": {"anchor": 6000, "owner": 150, "router": 100},
+    "seq_len": 512,
+    "batch_rows": 32,
+    "rows": {"heldout": 24, "tuning": 8, "sets": 8},
+    "vocab": 16_384,
+}
+SMOLLM2 = {
+    "bytes": {"public": 12_000_000, "closed": 8_000_000, "heldout": 1_000_000},
+    "steps": {"anchor": 0, "owner": 150, "router": 60},
+    "seq_len": 512,
+    "batch_rows": 16,
+    "rows": {"heldout": 24, "tuning": 8, "sets": 8},
+    "imported": "smollm2",
+    "tasks": ("mc9:rc",),
+    "overrides": ("exec.compute_dtype=bfloat16",),
 }
 QUICK = {
     "bytes": {"public": 300_000, "closed": 300_000, "heldout": 60_000},
@@ -176,17 +209,27 @@ QUICK = {
     "rows": {"heldout": 8, "tuning": 8, "sets": 8},
     "proxy_tokens": 5_000,
 }
-SIZES = {"tiny": TINY}
+SIZES = {"tiny": TINY, "60m": SIXTY, "135m": SMOLLM2}
+# What makes a few steps of a larger model bearable without an accelerator.
+SHORT = {"seq_len": 64, "batch_rows": 2, "questions": 4, "overrides": ()}
 
 
 def _unions(size: str, numbers: dict[str, Any]) -> dict[str, int]:
     """Steps of unrestricted mixtures that see as many tokens, or cost as many FLOPs, as experts."""
     config = ModelConfig(**common.sizes()[size]).replace(n_slots=len(CLOSED) + 1, n_active=2)
+    config = config.replace(vocab_size=numbers.get("vocab", config.vocab_size))
     held = config.replace(adapters=RECIPES["ours"].adapters)
     expert = stages.flops_per_token(held, "expert", numbers["seq_len"])
     joint = stages.flops_per_token(config, "joint", numbers["seq_len"])
     steps = numbers["steps"]["owner"] * len(CLOSED)
     return {"union-data": steps, "union-flops": round(steps * expert / joint)}
+
+
+def _at(size: str, recipe: Recipe) -> Recipe:
+    """A recipe with the numbers of a size; rows alone are trained as routers are."""
+    if recipe.rows_of:
+        return recipe
+    return dataclasses.replace(recipe, overrides=(*EXPERT[size], *recipe.overrides))
 
 
 def get_study(arg: str = "") -> Study:
@@ -199,7 +242,9 @@ def get_study(arg: str = "") -> Study:
     if a.suite not in SUITES:
         raise ConfigError("Unknown suite", got=a.suite, fix=nearest(a.suite, SUITES))
     recipes, rivals = SUITES[a.suite]
-    numbers = dict(QUICK if a.quick else common.pick(SIZES, a.size))
+    numbers: dict[str, Any] = dict(common.pick(SIZES, a.size))
+    if a.quick:
+        numbers |= QUICK | (SHORT if a.size != "tiny" else {})
     numbers["steps"] = numbers["steps"] | _unions(a.size, numbers)
     return Study(
         suite=a.suite,
@@ -212,7 +257,7 @@ def get_study(arg: str = "") -> Study:
         orders=_orders(a.suite),
         together=1 if a.suite in OWNERS else 2,
         unseen=UNSEEN,
-        recipes={name: RECIPES[name] for name in recipes},
+        recipes={name: _at(a.size, RECIPES[name]) for name in recipes},
         rivals=rivals,
         **numbers,
     )

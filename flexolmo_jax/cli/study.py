@@ -13,6 +13,15 @@ from typing import Any
 from flexolmo_jax.errors import ConfigError
 
 PARTS = ("starts", "models", "judge")
+# So many jobs of 135M parameters fit on one; most of their time is start and compilation.
+PER_GPU = 3
+
+
+def _parallel(devices: Path = Path("/dev")) -> int:
+    """Jobs at once by default. JAX is not asked, since asking takes hold of the devices."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    gpus = len(list(devices.glob("nvidia[0-9]*")))
+    return min(cores, PER_GPU * gpus) if gpus else cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-parallel",
         type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-        help="jobs at once; each gets its share of the cores (default: one per core)",
+        default=_parallel(),
+        help="jobs at once; each gets its share of the cores (default: one per core, or "
+        f"{PER_GPU} per GPU)",
     )
     parser.add_argument("--quick", action="store_true", help="a few steps, to prove the path only")
     parser.add_argument("--only", choices=PARTS, help="one job of a study that has begun")

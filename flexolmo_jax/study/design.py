@@ -66,7 +66,9 @@ class Study:
     Attributes:
       size: of the models, as experiment files name it.
       seeds: every method is trained with the seeds 0, 1, ...; the anchor is trained once.
-      anchor: an existing anchor, or "" to train one. Its tokenizer is used.
+      anchor: an existing anchor, or "" to make one. Its tokenizer is used.
+      imported: the pinned model that the anchor is imported from; "" trains one.
+      vocab: tokens of the tokenizer of an anchor that is trained.
       public, closed, unseen: corpora; nobody trains on the last.
       owners: name to its text; every expert, and every dense model, has one owner.
       orders: name to an order in which owners join.
@@ -80,6 +82,8 @@ class Study:
         of held-out text, on which sets of owners and numbers of active experts are compared.
       proxy_tokens: of each owner's proxies, if a router is tuned.
       trials: values that every method may choose among on the tuning split, at most.
+      tasks: benchmark tasks and suites that every method which is one model answers.
+      questions: of each task, at most.
       overrides: `KEY=VALUE` of every training's configuration.
     """
 
@@ -102,6 +106,10 @@ class Study:
     rows: Mapping[str, int]
     proxy_tokens: int = 50_000
     trials: int = 4
+    imported: str = ""
+    vocab: int = 4096
+    tasks: tuple[str, ...] = ()
+    questions: int = 100
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ from flexolmo_jax.study.design import Recipe, Study
 PROGRAM = (sys.executable, "-m", "flexolmo_jax")
 # Files of the checkout: a study trains by the same experiment files that a user would edit.
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-VOCAB = "4096"
 RIVAL = "rival"
 # Unrestricted mixtures: as many tokens, and as many FLOPs, as all owners together.
 UNIONS = ("union-data", "union-flops")
@@ -80,17 +79,30 @@ class _Maker:
     def __init__(self, where: Layout, env: dict[str, str]):
         self.at, self.study = where, where.study
         # Programs that another training has compiled are not compiled again.
-        self.env = {**env, "JAX_COMPILATION_CACHE_DIR": str(where.root / "cache")}
+        # Jobs that share an accelerator must not take all of its memory at their start.
+        self.env = {
+            **env,
+            "JAX_COMPILATION_CACHE_DIR": str(where.root / "cache"),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+
+    def tokenizer(self) -> tuple[list[Job], Path]:
+        """What makes the tokenizer, and the file: that of an anchor which exists, or a new one."""
+        study = self.study
+        if study.anchor:
+            return [], self.at.anchor / "tokenizer.json"
+        if study.imported:
+            made = self.at.anchor
+            command = ("import", "--from", "gguf", study.imported, "--out", str(made))
+            job = self._job("import:anchor", command, outputs=[made], expected=20)
+            return [job], made / "tokenizer.json"
+        path = self.at.root / "tokenizer.json"
+        command = ("prepare", "--source", *study.public, "--train-tokenizer", str(study.vocab))
+        command += ("--tokenizer", str(path), "--max-bytes", str(study.bytes["public"]))
+        return [self._job("tokenizer", command, outputs=[path], expected=15)], path
 
     def data(self) -> list[Job]:
-        jobs, tokenizer = [], self.at.root / "tokenizer.json"
-        if self.study.anchor:
-            tokenizer = self.at.anchor / "tokenizer.json"
-        else:
-            command = ("prepare", "--source", *self.study.public, "--train-tokenizer", VOCAB)
-            command += ("--tokenizer", str(tokenizer))
-            command += ("--max-bytes", str(self.study.bytes["public"]))
-            jobs.append(self._job("tokenizer", command, outputs=[tokenizer], expected=15))
+        jobs, tokenizer = self.tokenizer()
         needs = tuple(j.name for j in jobs)
         for domain in self.study.domains:
             unseen = domain in self.study.unseen
@@ -106,7 +118,7 @@ class _Maker:
         return jobs
 
     def anchor(self) -> list[Job]:
-        if self.study.anchor:
+        if self.study.anchor or self.study.imported:
             return []
         study, tokenizer = self.study, self.at.root / "tokenizer.json"
         config = f"anchor.py:size={study.size},data={self.at.root / 'data'},tokenizer={tokenizer}"
@@ -114,7 +126,8 @@ class _Maker:
         run = self.at.run("anchor", "public", 0)
         shards = [self.at.data(d, s) for d in study.public for s in ("train", "heldout")]
         needs = tuple(f"prepare:{d}:{s}" for d in study.public for s in ("train", "heldout"))
-        train = self._train("anchor", "public", 0, config, "anchor", needs, shards)
+        vocab = (f"model.vocab_size={study.vocab}",)
+        train = self._train("anchor", "public", 0, config, "anchor", needs, shards, vocab)
         package = ("package", "--run", str(run), "--out", str(self.at.anchor))
         files, made = [run / "final"], [self.at.anchor]
         return [train, self._job("package:anchor", package, (train.name,), files, made, 6)]
@@ -125,7 +138,8 @@ class _Maker:
         made += [self.at.own(o) for o, whose in self.study.owners.items() if whose.of > 1]
         shards = [self.at.data(d, "train") for d in (*self.study.public, *self.study.closed)]
         needs = tuple(f"prepare:{p.parent.name}:train" for p in shards)
-        needs += () if self.study.anchor else ("package:anchor",)
+        if not self.study.anchor:
+            needs += ("import:anchor" if self.study.imported else "package:anchor",)
         inputs = [self.at.anchor, *shards]
         return [self._study_job("starts", "starts", needs, inputs, made, expected=60)]
 
@@ -239,6 +253,7 @@ class _Maker:
         settings = (
             f"optim.total_steps={count}",
             f"optim.warmup_steps={max(1, count // 10)}",
+            "optim.stop_step=0",
             f"data.batch_rows={self.study.batch_rows}",
             f"data.seq_len={self.study.seq_len}",
             f"checkpoint_every={count}",

@@ -7,7 +7,7 @@ All choices (temperatures, active experts, rates) are made on the tuning split a
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from flexolmo_jax.data import shards
 from flexolmo_jax.experts import model_dir
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.experts.manifest import PUBLIC
-from flexolmo_jax.study import rivals, rows, weights
+from flexolmo_jax.study import answers, rivals, rows, weights
 from flexolmo_jax.study.design import Study
 from flexolmo_jax.study.jobs import RIVAL, UNIONS, Layout
 from flexolmo_jax.study.rivals import Method, choose
@@ -156,9 +156,12 @@ def variants(j: Judge, name: str) -> dict[str, Method]:
     m = j.recipes[name]
     out = {"": j.choose_active(m), "+fallback": j.choose_active(m.falling_back())}
     k = out[""].forward
-    changed = {f"-rank{rank}": _low_rank(m, rank) for rank in RANKS}
-    changed["-no-bias"] = m.replace(group=weights.without_bias(m.group))
-    out |= {v: Method(x.losses(j.heldout, k), k, out[""].chosen) for v, x in changed.items()}
+
+    def changed(other: Mixture) -> Method:
+        return Method(other.losses(j.heldout, k), k, out[""].chosen)
+
+    out |= {f"-rank{rank}": changed(other) for rank, other in _low_rank(m)}
+    out["-no-bias"] = changed(m.replace(group=weights.without_bias(m.group)))
     if j.study.recipes[name].tuned:
         out["-tuned"] = j.choose_active(j.trained_together(f"router-{name}", name))
     return out | {"+rate": _with_rate(j, m)}
@@ -178,10 +181,12 @@ def _with_rate(j: Judge, m: Mixture) -> Method:
     return Method(biased(rate).losses(j.heldout, rows.ACTIVE), rows.ACTIVE, {"rate": record})
 
 
-def _low_rank(m: Mixture, rank: int) -> Mixture:
+def _low_rank(m: Mixture) -> Iterator[tuple[int, Mixture]]:
+    """The mixture with changes of each rank, one after the other."""
     pieces = [slices.take_slot(m.group, e) for e in range(m.group["bias"].shape[1])]
-    cut = [weights.low_rank(piece, pieces[0], rank) for piece in pieces[1:]]
-    return m.replace(group=weights.stacked([pieces[0], *cut]))
+    cut = [weights.low_rank(piece, pieces[0], RANKS) for piece in pieces[1:]]
+    for rank in RANKS:
+        yield rank, m.replace(group=weights.stacked([pieces[0], *(c[rank] for c in cut)]))
 
 
 def pairs(j: Judge, name: str) -> dict[str, dict[str, float]]:
@@ -288,7 +293,10 @@ def run(layout: Layout, seed: int, say: Say) -> dict[str, Any]:
     """Everything that one seed's results are made of, as JSON values."""
     j = Judge(layout, seed, say)
     out: dict[str, Any] = {"seed": seed, "anchor_digest": j.info.anchor_digest, "methods": {}}
-    for name, (method, kind) in methods(j).items():
+    found = methods(j)
+    active = {n: m.chosen["active"]["value"] for n, (m, _) in found.items() if "active" in m.chosen}
+    answered = answers.run(j, active) if j.study.tasks else {}
+    for name, (method, kind) in found.items():
         recipe = recipe_of(j.study, name)
         config = j.recipes[recipe].config if recipe else j.info.config
         out["methods"][name] = {
@@ -297,6 +305,8 @@ def run(layout: Layout, seed: int, say: Say) -> dict[str, Any]:
             "active_params": active_params(config, method, kind),
             "chosen": dict(method.chosen),
         }
+        if name in answered:
+            out["methods"][name]["tasks"] = answered[name]
     out["recipes"] = {}
     for name in j.study.recipes:
         m = j.recipes[name]

@@ -29,6 +29,7 @@ def sections(study: Study, results: Json) -> list[tuple[str, str, str]]:
             tables.methods(study, results),
         ),
         ("Domains", "The same by domain.", tables.domains(study, results)),
+        *_tasks(study, results),
         (
             "Below the others",
             "Mean over all domains of each method minus that of our recipe, paired by seed.",
@@ -53,6 +54,14 @@ def sections(study: Study, results: Json) -> list[tuple[str, str, str]]:
             tables.opt_out(study, results),
         ),
     ]
+
+
+def _tasks(study: Study, results: Json) -> list[tuple[str, str, str]]:
+    """The section of benchmark tasks, of a study that has some."""
+    if not study.tasks:
+        return []
+    text = f"The primary metric of each task, higher is better; at most {study.questions} questions"
+    return [("Tasks", f"{text} of each, which is ± 0.05 for one seed.", tables.tasks(results))]
 
 
 def markdown(study: Study, results: Json) -> str:

@@ -39,7 +39,7 @@ def run(
     began, root = time.perf_counter(), root.resolve()
     design.write(study, root)
     assets_root = assets.default_root().resolve()
-    assets.fetch([d for d in study.domains if d in assets.ASSETS], assets_root, progress=say)
+    assets.fetch(needed_assets(study), assets_root, progress=say)
     plan = jobs.plan(study, root, str(assets_root))
     todo = [job for job, state in local.describe(plan) if state == "run"]
     seconds = sum(job.expected_s for job in todo) / max_parallel
@@ -64,6 +64,13 @@ def run(
     results.write_json(root / f"results-{study.suite}.json", content)
     page.write(study, content, root)
     return content
+
+
+def needed_assets(study: Study) -> list[str]:
+    """Packages that a study reads: of its texts, its anchor and its questions."""
+    names = [*study.domains, *(["eval"] if study.tasks else [])]
+    names += [study.imported] if study.imported and not study.anchor else []
+    return [name for name in names if name in assets.ASSETS]
 
 
 def _check_anchor(study: Study) -> None:

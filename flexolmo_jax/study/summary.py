@@ -24,6 +24,7 @@ def rows(study: Study, scores: Sequence[Scores]) -> list[dict[str, Any]]:
             "train_flops": m["train_flops"],
             "active_params": m["active_params"],
             "chosen": {k: v["value"] for k, v in m["chosen"].items()},
+            "tasks": {t: s["value"] for t, s in m.get("tasks", {}).items()},
         }
         for found in scores
         for name, m in found["methods"].items()
@@ -63,6 +64,7 @@ def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             **estimate([row["mean_all"] for row in mine]),
             **{key: estimate([row[key] for row in mine]) for key in keys},
             "bpb": {d: estimate([row["bpb"][d] for row in mine]) for d in mine[0]["bpb"]},
+            "tasks": {t: estimate([row["tasks"][t] for row in mine]) for t in mine[0]["tasks"]},
             "train_flops": mine[0]["train_flops"],
             "active_params": max(row["active_params"] for row in mine),
         }

@@ -95,6 +95,18 @@ def domains(study: Study, results: Json) -> str:
     return table(("method", *study.domains), rows)
 
 
+def tasks(results: Json) -> str:
+    """Scores of every method that was asked, and their mean, best first."""
+    asked = {m: s["tasks"] for m, s in results["summary"].items() if s["tasks"]}
+    mean = {m: sum(e["mean"] for e in found.values()) / len(found) for m, found in asked.items()}
+    names = list(next(iter(asked.values())))
+    rows = [
+        (m, f"{mean[m]:.3f}", *(number(asked[m][name]) for name in names))
+        for m in sorted(asked, key=mean.__getitem__, reverse=True)
+    ]
+    return table(("method", "mean", *names), rows)
+
+
 def facts(study: Study, results: Json) -> str:
     """Gains kept, public text and opt-out, by recipe."""
     head = ("method", *(f"kept: {o}" for o in study.owners), "public vs anchor, %")

@@ -45,16 +45,24 @@ def without_bias(group: tree.Tree) -> tree.Tree:
     return {**group, "bias": np.full_like(group["bias"], NO_BIAS)}
 
 
-def low_rank(expert: tree.Tree, public: tree.Tree, rank: int) -> tree.Tree:
-    """The expert whose matrices differ from the public ones by their best change of this rank.
+def low_rank(expert: tree.Tree, public: tree.Tree, ranks: Sequence[int]) -> dict[int, tree.Tree]:
+    """The experts whose matrices differ from the public ones by their best change of each rank.
 
-    Source: FlexMoRE, arXiv 2602.08818: a singular value decomposition of the difference.
+    Source: FlexMoRE, arXiv 2602.08818: the largest singular values of the difference. Its singular
+    vectors on the shorter side are the eigenvectors of a small square matrix, which a large model
+    has a hundred of, and finding them takes a tenth of the time of a decomposition.
     """
-    out = dict(expert)
+    out = {rank: dict(expert) for rank in ranks}
     for name in moe.WEIGHTS:
-        u, s, v = np.linalg.svd(expert[name] - public[name], full_matrices=False)
-        change = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
-        out[name] = (public[name] + change).astype(expert[name].dtype)
+        change = expert[name].astype(np.float64) - public[name]
+        tall = change.shape[-2] > change.shape[-1]
+        short = np.swapaxes(change, -1, -2) if tall else change
+        _, vectors = np.linalg.eigh(short @ np.swapaxes(short, -1, -2))
+        for rank in ranks:
+            largest = vectors[..., -rank:]
+            kept = largest @ (np.swapaxes(largest, -1, -2) @ short)
+            kept = np.swapaxes(kept, -1, -2) if tall else kept
+            out[rank][name] = (public[name] + kept).astype(expert[name].dtype)
     return out
 
 

@@ -142,6 +142,25 @@ def evaluate(
     return {**result, "digests": digests, "trained_together": m.info.trained_together}
 
 
+def answers(
+    m: OpenModel, names: Sequence[str], *, active: int, limit: int | None = None
+) -> dict[str, Any]:
+    """Task to its part of the result (as `evaluate` lists it), of all experts of an open model.
+
+    Args:
+      names: tasks and suites whose questions are in a package.
+      active: experts per token.
+    """
+    tasks = _tasks(names)
+    (setting,) = _settings(m, None, active)
+    job = _Job(m, None, lambda _: None, batch_tokens=0, count=len(tasks))
+    out = {}
+    for task in tasks:
+        examples = sources.load(task, data=None, limit=limit)
+        out[task.name] = job.run(task, examples, Asked.of(m.tokenizer, examples), setting)
+    return out
+
+
 def _folder(data: Path | str) -> Path:
     """Where the files of tasks are; of a URL, copies of them."""
     url = urls.as_url(data)
