@@ -49,7 +49,8 @@ def agreed(anchor: Path, out: Path, recipe: Recipe, public: Sequence[Path]) -> m
             router_init=RouterInitConfig(method="embedding"),
         )
         piece["router"] = router_init.public_row(run, config)
-    training = {key: info.training[key] for key in NOTHING_TRAINED}
+    # An anchor of another format does not say how it was trained.
+    training = {key: info.training[key] for key in NOTHING_TRAINED if key in info.training}
     return model_dir.write_model(
         out, config, params["shared"], piece, info.tokenizer_path, training
     )
