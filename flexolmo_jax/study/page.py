@@ -60,8 +60,11 @@ def _tasks(study: Study, results: Json) -> list[tuple[str, str, str]]:
     """The section of benchmark tasks, of a study that has some."""
     if not study.tasks:
         return []
+    # Of an accuracy: the standard error is largest at one half.
+    error = 0.5 / study.questions**0.5
     text = f"The primary metric of each task, higher is better; at most {study.questions} questions"
-    return [("Tasks", f"{text} of each, which is ± 0.05 for one seed.", tables.tasks(results))]
+    text += f" of each, so that the standard error of an accuracy is up to {error:.2f}."
+    return [("Tasks", text, tables.tasks(results))]
 
 
 def markdown(study: Study, results: Json) -> str:
