@@ -478,6 +478,8 @@ def test_jobs_at_once_by_default(tmp_path):
     for name in ("nvidia0", "nvidiactl"):
         (tmp_path / name).touch()
     assert study_cli._parallel(tmp_path) == min(cores, study_cli.PER_GPU)
+    (tmp_path / "accel0").touch()
+    assert study_cli._parallel(tmp_path) == 1
 
 
 def test_an_anchor_that_is_given_is_used(tmp_path):

@@ -103,4 +103,6 @@ def test_tasks_have_a_table():
         "| ours | 0.600 | 0.600 |",
         "| anchor | 0.500 | 0.500 |",
     ]
+    ((_, says, _),) = page._tasks(STUDY, {"summary": summary})
+    assert "at most 4 questions" in says and "up to 0.25" in says
     assert page._tasks(dataclasses.replace(STUDY, tasks=()), {}) == []

@@ -20,6 +20,8 @@ PER_GPU = 3
 def _parallel(devices: Path = Path("/dev")) -> int:
     """Jobs at once by default. JAX is not asked, since asking takes hold of the devices."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*")):
+        return 1  # A process that uses a TPU has it alone.
     gpus = len(list(devices.glob("nvidia[0-9]*")))
     return min(cores, PER_GPU * gpus) if gpus else cores
 
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=_parallel(),
         help="jobs at once; each gets its share of the cores (default: one per core, or "
-        f"{PER_GPU} per GPU)",
+        f"{PER_GPU} per GPU, or one beside a TPU)",
     )
     parser.add_argument("--quick", action="store_true", help="a few steps, to prove the path only")
     parser.add_argument("--only", choices=PARTS, help="one job of a study that has begun")
