@@ -3,11 +3,9 @@
 
 Purpose: the paper's claims, and our recipe, against every rival at equal tokens per owner.
 Command: flexolmo study --suite main --seeds 3 --size tiny --out runs/study
-Cost:    tiny: about half an hour per seed on two CPU cores, the anchor half an hour once.
-Expect:  docs/results.md.
-
-         60m, 135m: for one GPU (no time was measured; no GPU was at hand). 135m starts from
-         SmolLM2-135M and answers benchmark questions too.
+Cost:    tiny: a quarter to half an hour per seed on two CPU cores, the anchor 12 to 24 minutes
+         once. 60m, 135m: made for one GPU; none was at hand, so no time was measured.
+Expect:  docs/results.md. 135m starts from SmolLM2-135M and answers benchmark questions too.
 
 Argument: suite, size (tiny, 60m, 135m), seeds, anchor (an existing one), quick.
 

@@ -477,7 +477,7 @@ def test_jobs_at_once_by_default(tmp_path):
     cores = study_cli._parallel(tmp_path)
     for name in ("nvidia0", "nvidiactl"):
         (tmp_path / name).touch()
-    assert study_cli._parallel(tmp_path) == min(cores, study_cli.PER_GPU)
+    assert study_cli._parallel(tmp_path) == min(cores, study_cli.ON_GPU)
     (tmp_path / "accel0").touch()
     assert study_cli._parallel(tmp_path) == 1
 

@@ -13,8 +13,9 @@ from typing import Any
 from flexolmo_jax.errors import ConfigError
 
 PARTS = ("starts", "models", "judge")
-# So many jobs of 135M parameters fit on one; most of their time is start and compilation.
-PER_GPU = 3
+# Jobs that share the GPUs: so many of 135M parameters fit on one, and most of their time is start
+# and compilation. Where there are several GPUs, each job spreads over all of them.
+ON_GPU = 3
 
 
 def _parallel(devices: Path = Path("/dev")) -> int:
@@ -22,8 +23,7 @@ def _parallel(devices: Path = Path("/dev")) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*")):
         return 1  # A process that uses a TPU has it alone.
-    gpus = len(list(devices.glob("nvidia[0-9]*")))
-    return min(cores, PER_GPU * gpus) if gpus else cores
+    return min(cores, ON_GPU) if any(devices.glob("nvidia[0-9]*")) else cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-parallel",
         type=int,
         default=_parallel(),
-        help="jobs at once; each gets its share of the cores (default: one per core, or "
-        f"{PER_GPU} per GPU, or one beside a TPU)",
+        help="jobs at once; each gets its share of the cores (default: one per core, "
+        f"{ON_GPU} on GPUs, one on a TPU)",
     )
     parser.add_argument("--quick", action="store_true", help="a few steps, to prove the path only")
     parser.add_argument("--only", choices=PARTS, help="one job of a study that has begun")
