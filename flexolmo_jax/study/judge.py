@@ -7,7 +7,7 @@ All choices (temperatures, active experts, rates) are made on the tuning split a
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ RANKS = (4, 16, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Experts in slots, and all that is needed to run them.
+    """Experts in slots, and all that is needed to run them; a dense model has one slot.
 
     Attributes:
       group: slot 0 is public, slot i the i-th owner's.
@@ -42,6 +42,11 @@ class Mixture:
     shared: tree.Tree
     group: tree.Tree
     config: ModelConfig
+
+    @property
+    def n_slots(self) -> int:
+        """Slots; a dense model is a mixture of one."""
+        return self.group["bias"].shape[1]
 
     def losses(self, scorer: Scorer, n_active: int, **kwargs: Any) -> Losses:
         """Losses of the mixture on every text."""
@@ -131,24 +136,39 @@ def methods(j: Judge) -> dict[str, tuple[Method, str]]:
         mean = np.mean(list(j.heldout.bits(method.losses).values()))
         j.say(f"{name:<24} mean {mean:.4f}")
 
-    add("anchor", Method(j.heldout.losses(j.anchor["shared"], j.anchor["experts"])), "dense")
-    for name in j.study.recipes:
-        for variant, method in variants(j, name).items():
-            add(f"{name}{variant}", method, "mixture")
+    for name, m in single_models(j):
+        if name in j.study.recipes:
+            for variant, method in variants(j, name).items():
+                add(f"{name}{variant}", method, "mixture")
+        elif m.n_slots == 1:
+            add(name, Method(m.losses(j.heldout, 1)), "dense")
+        else:
+            add(name, j.choose_active(m), "mixture")
     if j.study.rivals:
-        for name in ("public", *j.study.owners):
-            made = weights.final(j.at.run("dense", name, j.seed))
-            losses = j.heldout.losses(made["shared"], made["experts"])
-            add(f"dense-{name}", Method(losses), "dense")
         splits = [rivals.Split.of(s, j.dense) for s in (j.tuning, j.heldout)]
         counts = {name: j.counts(name) for name in j.dense}
         for name, method in rivals.of_dense_models(*splits, j.dense, counts).items():
             add(name, method, "dense")
-        add("btx", j.choose_active(j.trained_together("router-btx", "btx")), "mixture")
-        for name in UNIONS:
-            m = j.trained_together(name, "union")
-            add(f"unrestricted{name.removeprefix('union')}", j.choose_active(m), "mixture")
     return found
+
+
+def single_models(j: Judge) -> Iterator[tuple[str, Mixture]]:
+    """Every method that is one model, and its weights: one in memory after the other."""
+
+    def dense(made: tree.Tree) -> Mixture:
+        return Mixture(made["shared"], made["experts"], j.info.config)
+
+    yield "anchor", dense(j.anchor)
+    yield from j.recipes.items()
+    if not j.study.rivals:
+        return
+    yield "dense-public", dense(weights.final(j.at.run("dense", PUBLIC, j.seed)))
+    for owner in j.study.owners:
+        yield f"dense-{owner}", dense(j.dense[owner])
+    yield "soup", dense(weights.average(list(j.dense.values())))
+    yield "btx", j.trained_together("router-btx", "btx")
+    for name in UNIONS:
+        yield f"unrestricted{name.removeprefix('union')}", j.trained_together(name, "union")
 
 
 def variants(j: Judge, name: str) -> dict[str, Method]:
@@ -183,7 +203,7 @@ def _with_rate(j: Judge, m: Mixture) -> Method:
 
 def _low_rank(m: Mixture) -> Iterator[tuple[int, Mixture]]:
     """The mixture with changes of each rank, one after the other."""
-    pieces = [slices.take_slot(m.group, e) for e in range(m.group["bias"].shape[1])]
+    pieces = [slices.take_slot(m.group, e) for e in range(m.n_slots)]
     cut = [weights.low_rank(piece, pieces[0], RANKS) for piece in pieces[1:]]
     for rank in RANKS:
         yield rank, m.replace(group=weights.stacked([pieces[0], *(c[rank] for c in cut)]))
@@ -201,7 +221,7 @@ def pairs(j: Judge, name: str) -> dict[str, dict[str, float]]:
 
 def active_curve(j: Judge, m: Mixture) -> dict[str, dict[str, float]]:
     """Active experts to bits per byte of each domain."""
-    counts = range(1, m.group["bias"].shape[1] + 1)
+    counts = range(1, m.n_slots + 1)
     return {str(k): j.part.bits(m.losses(j.part, k)) for k in counts}
 
 
@@ -294,8 +314,7 @@ def run(layout: Layout, seed: int, say: Say) -> dict[str, Any]:
     j = Judge(layout, seed, say)
     out: dict[str, Any] = {"seed": seed, "anchor_digest": j.info.anchor_digest, "methods": {}}
     found = methods(j)
-    active = {n: m.chosen["active"]["value"] for n, (m, _) in found.items() if "active" in m.chosen}
-    answered = answers.run(j, active) if j.study.tasks else {}
+    answered = _answered(j, found) if j.study.tasks else {}
     for name, (method, kind) in found.items():
         recipe = recipe_of(j.study, name)
         config = j.recipes[recipe].config if recipe else j.info.config
@@ -323,6 +342,17 @@ def run(layout: Layout, seed: int, say: Say) -> dict[str, Any]:
             "shipped": _shipped(m),
         }
         say(f"{name}: pairs, active experts, owners and opt-out done")
+    return out
+
+
+def _answered(j: Judge, found: Mapping[str, tuple[Method, str]]) -> dict[str, answers.Answers]:
+    """What every method that is one model answers, with the active experts chosen for it."""
+    out = {}
+    for name, m in single_models(j):
+        opened = answers.opened(j.info, tuple(j.study.owners), m.shared, m.group, m.config)
+        k = found[name][0].forward
+        out[name] = answers.ask(opened, j.study.tasks, active=k, limit=j.study.questions)
+        j.say(f"{name:<24} {len(out[name])} tasks answered")
     return out
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from flexolmo_jax import tree
-from flexolmo_jax.study import mixing, weights
+from flexolmo_jax.study import mixing
 from flexolmo_jax.study.scorer import Losses, Scorer
 
 # Four values each: temperatures of a posterior (nats), of a soup's weights, and smoothing.
@@ -122,11 +122,9 @@ def of_dense_models(
     models: Mapping[str, tree.Tree],
     counts: Mapping[str, np.ndarray],
 ) -> dict[str, Method]:
-    """Everything that is made of the anchor and the owners' dense models without training."""
+    """What needs the anchor and all of the owners' dense models at once, without training."""
     names, domains = list(models), list(heldout.nll)
-    soup = weights.average(list(models.values()))
     out = {
-        "soup": Method(heldout.scorer.losses(soup["shared"], soup["experts"])),
         "soup-weighted": weighted_soup(tuning, heldout, models, domains),
         "prompt-routing": prompt_routing(tuning, heldout, [counts[n] for n in names]),
     }
