@@ -36,14 +36,16 @@ def get_config(arg: str = "") -> ConfigDict:
     router, adapters = common.router(a.size), common.adapters(a.size)
     if a.context:
         router["context"] = a.context
+    domains = a.domains.split("+")
     if a.context == "token":
-        router["evidence"], adapters = 0.0, {}
+        router, adapters = {**router, **common.NO_EVIDENCE}, {}
+    elif router.get("evidence"):  # A table of each corpus, of which one alone says nothing.
+        router["evidence_parts"] = len(domains) if len(domains) > 1 else 0
     config = common.base("anchor", a.size)
     # What experts may hold is agreed with the anchor.
     adapters = dataclasses.asdict(AdapterConfig(**adapters))
     config.model = {**model, "router": router, "adapters": adapters}
     config.tokenizer = a.tokenizer
-    domains = a.domains.split("+")
     config.data.sources = tuple(common.source(f"{a.data}/{d}/train", public=True) for d in domains)
     config.data.heldout = tuple(
         common.source(f"{a.data}/{d}/heldout", public=True) for d in domains

@@ -37,7 +37,13 @@ TINY_OPTIM = {
 }
 # Public text in an expert's batches is what teaches its router row where to be quiet.
 TINY_PUBLIC_SHARE = 0.25
-TINY_ROUTER = {"context": "document", "renormalize": False, "evidence": 8.0}
+TINY_ROUTER = {
+    "context": "document",
+    "renormalize": False,
+    "evidence": 8.0,
+    "evidence_parts": len(PUBLIC),
+}
+NO_EVIDENCE = {"evidence": 0.0, "evidence_parts": 0}
 TINY_ADAPTERS = {"head": 64}
 TINY_ROUTER_INIT = {"method": "auto", "documents": 192}
 

@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     else:
         # Trained together: nobody counts tokens of one owner, and nothing is added to FFNs.
-        config.model = {**model, "router": {**common.router(a.size), "evidence": 0.0}}
+        config.model = {**model, "router": {**common.router(a.size), **common.NO_EVIDENCE}}
         config.tokenizer = "runs/demo/tokenizer.json"
     config.data.sources = tuple(
         common.source(f"{a.data}/{d}/train", public=d in common.PUBLIC)

@@ -13,7 +13,8 @@ Suites: `main` trains the paper's recipe, ours, and every rival. `ablations` tra
 what each idea does on the way from the paper's recipe to ours, and the paper's own ablations;
 `held` is the part of it about what experts hold and what their router reads.
 What leaving, other numbers of active experts and fewer owners do needs no training and is scored
-in every suite; `opt-out` and `active-experts` score that alone, of ours and the paper's recipe.
+in every suite but `ablations`, which looks at one owner who leaves only; `opt-out` and
+`active-experts` score that alone, of ours and the paper's recipe.
 `scaling` has sixteen owners, two or three to a domain, who join in several orders; `overlap` has
 second owners of news and code whose text is their own, half of the first one's, or all of it.
 """
@@ -44,7 +45,15 @@ EVIDENCE = common.TINY_ROUTER["evidence"]
 HEAD = AdapterConfig(**common.TINY_ADAPTERS)
 RECIPES = {
     "ours": Recipe(
-        "document", SHARE, adapters=HEAD, evidence=EVIDENCE, says="the recipe of size tiny"
+        "document",
+        SHARE,
+        adapters=HEAD,
+        evidence=EVIDENCE,
+        parts=True,
+        says="the recipe of size tiny",
+    ),
+    "one-table": Recipe(
+        "document", SHARE, adapters=HEAD, evidence=EVIDENCE, says="ours, public text is of one kind"
     ),
     "paper": Recipe(
         "token", 0.0, _PAPER, tuned=True, says="own text only, rows from document embeddings"
@@ -65,7 +74,9 @@ RECIPES = {
     "hidden": Recipe(
         "document", SHARE, says="and are fitted to the trained pair: hidden states alone"
     ),
-    "ffn": Recipe("document", SHARE, evidence=EVIDENCE, says="ours, experts of FFNs alone"),
+    "ffn": Recipe(
+        "document", SHARE, evidence=EVIDENCE, parts=True, says="ours, experts of FFNs alone"
+    ),
     "no-evidence": Recipe(
         "document", SHARE, adapters=HEAD, says="ours, rows judge by hidden states alone"
     ),
@@ -74,6 +85,7 @@ RECIPES = {
         SHARE,
         adapters=AdapterConfig(attention=16),
         evidence=EVIDENCE,
+        parts=True,
         says="ffn, and they add to attention (rank 16)",
     ),
     "norms": Recipe(
@@ -81,6 +93,7 @@ RECIPES = {
         SHARE,
         adapters=AdapterConfig(norms=True),
         evidence=EVIDENCE,
+        parts=True,
         says="ffn, and they add to norms",
     ),
     "rows-alone": Recipe(
@@ -88,6 +101,7 @@ RECIPES = {
         SHARE,
         adapters=HEAD,
         evidence=EVIDENCE,
+        parts=True,
         rows_of="ours",
         says="ours, each owner's rows tuned alone afterwards",
     ),
@@ -142,6 +156,10 @@ SHARED = {
     **{f"{d}-same": Owner(d, (0, 1), of=6) for d in TWICE},
 }
 OWNERS = {"scaling": SIXTEEN, "overlap": SHARED}
+
+
+# Where any two owners may leave; of sixteen owners, or of many recipes, it is too many sets.
+PAIRS_LEAVE = ("main", "held", "opt-out", "active-experts")
 
 
 def _orders(suite: str) -> dict[str, tuple[str, ...]]:
@@ -253,9 +271,10 @@ def get_study(arg: str = "") -> Study:
         closed=CLOSED,
         owners=OWNERS.get(a.suite, ALONE),
         orders=_orders(a.suite),
-        together=1 if a.suite in OWNERS else 2,
+        together=2 if a.suite in PAIRS_LEAVE else 1,
         unseen=UNSEEN,
         recipes={name: _at(a.size, RECIPES[name]) for name in recipes},
         rivals=rivals,
+        brief=a.suite == "ablations",
         **numbers,
     )

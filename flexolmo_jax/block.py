@@ -154,11 +154,7 @@ def _router_logits(
         used_E = jnp.any(allowed_BE, axis=0)
         router_ED = jnp.where(used_E[:, None], router_ED, 0)
         bias_E = jnp.where(used_E, bias_E, 0)
-        if evidence_BTE is not None:
-            evidence_BTE = jnp.where(used_E, evidence_BTE, 0)
     logits_BTE = router.router_logits(x_BTD, router_ED)
-    if evidence_BTE is not None:
-        logits_BTE += evidence_BTE
     if config.router.context == "document":
         count_B = None if router_sum_BE is None else length_B.astype(jnp.float32)
         worth = config.router.evidence
@@ -168,6 +164,8 @@ def _router_logits(
             logits_BTE, router_sum_BE, _ = router.document_mean(
                 logits_BTE, segments_BT, router_sum_BE, count_B, worth
             )
+    if evidence_BTE is not None:
+        logits_BTE += evidence_BTE
     return logits_BTE + router.effective_bias(bias_E), router_sum_BE
 
 

@@ -47,12 +47,14 @@ class RouterConfig:
       evidence: above 0, a document's logits are summed instead of averaged until they are worth
         this many tokens, and every expert brings a table of what each token says (see
         `flexolmo_jax.evidence`); needs context "document".
+      evidence_parts: public corpora with a table each in the anchor, or 0; needs evidence.
     """
 
     context: Literal["token", "document"] = "token"
     renormalize: bool = False
     fallback: bool = False
     evidence: float = 0.0
+    evidence_parts: int = 0
 
     def __post_init__(self) -> None:
         some = self.evidence > 0 and self.context == "document" and math.isfinite(self.evidence)
@@ -62,6 +64,11 @@ class RouterConfig:
                 got=f"evidence={self.evidence:g}, context={self.context!r}",
                 expected='tokens above 0 with context "document", or 0',
                 where="RouterConfig.evidence",
+            )
+        if self.evidence_parts and (self.evidence_parts < 2 or not self.evidence):
+            raise ConfigError(
+                "Tables of public corpora are evidence, and one alone says nothing",
+                got=f"evidence={self.evidence:g}, evidence_parts={self.evidence_parts}",
             )
 
 
@@ -89,7 +96,7 @@ class AdapterConfig:
 
 
 # Of `ModelConfig`: keys that the first models did not have.
-LATER_KEYS = ("adapters", "router.evidence")
+LATER_KEYS = ("adapters", "router.evidence", "router.evidence_parts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +144,7 @@ class ModelConfig:
             )
         if self.d_head % 2:
             raise ConfigError(
-                "RoPE rotates pairs: d_head must be even",
-                got=self.d_head,
-                where="ModelConfig.d_head",
+                "RoPE rotates pairs: d_head must be even", got=self.d_head, where="ModelConfig"
             )
         if self.n_active > self.n_slots:
             raise ConfigError(

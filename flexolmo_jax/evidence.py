@@ -6,6 +6,10 @@ than public text, as a log ratio. A document's evidence for an owner is the sum 
 (naive Bayes), which the router adds to what its rows say. Where the anchor knows a domain badly its
 hidden states tell little, and these are the documents where an expert helps most.
 
+Public text is not of one kind: an encyclopedia has more of the words of news than public text has
+on average, and would be taken for news. So the anchor may hold a table of each of its corpora
+against all of them, and a document is as public as the mean of its odds under them.
+
 A table is made of one owner's text and public text alone, and belongs to the slice: denying an
 owner leaves every other owner's evidence as it is, bit for bit. Seldom tokens hardly show in it.
 """
@@ -18,11 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexolmo_jax import router
 from flexolmo_jax.config import ModelConfig
 
+# Of a group, [1, slots, V], and of the shared weights, [corpora of public text, V].
 LEAF = "evidence"
 # Added to every count: a token seen fewer times than this on both sides says next to nothing.
 SMOOTHING = 10.0
+# No token says more than this, nats: a few words of a stranger's subject would outweigh the rest of
+# his text, in which nobody's words stand (LOG.md).
+LIMIT = 3.0
 
 
 def shapes(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
@@ -32,8 +41,17 @@ def shapes(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
     return {LEAF: ((1, c.n_slots, c.vocab_size), ("layer", "expert", "vocab"))}
 
 
+def shared_shapes(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """The same of the shared weights: a table of each public corpus."""
+    if not c.router.evidence_parts:
+        return {}
+    return {LEAF: ((c.router.evidence_parts, c.vocab_size), ("part", "vocab"))}
+
+
 def table(own_V: np.ndarray, public_V: np.ndarray) -> np.ndarray:
     """Log ratios [V] of how often each token occurs, own text against public text, in nats.
+
+    At most `LIMIT` to either side.
 
     Args:
       own_V, public_V: token counts.
@@ -43,11 +61,67 @@ def table(own_V: np.ndarray, public_V: np.ndarray) -> np.ndarray:
         smooth_V = count_V.astype(np.float64) + SMOOTHING
         return np.log(smooth_V) - math.log(smooth_V.sum())
 
-    return (log_share(own_V) - log_share(public_V)).astype(np.float32)
+    ratio_V = log_share(own_V) - log_share(public_V)
+    return np.clip(ratio_V, -LIMIT, LIMIT).astype(np.float32)
+
+
+def init_sum(c: ModelConfig, rows: int) -> jax.Array | None:
+    """What `rows` documents without a token have gathered, [B, E + P]; None without evidence."""
+    tables = c.n_slots + c.router.evidence_parts
+    return jnp.zeros((rows, tables), jnp.float32) if c.router.evidence else None
+
+
+def of_documents(
+    c: ModelConfig,
+    shared: Mapping[str, Any],
+    groups: Sequence[Any],
+    tokens_BT: jax.Array,
+    sum_BX: jax.Array | None = None,
+    *,
+    segments_BT: jax.Array,
+    allowed_BE: jax.Array | None = None,
+    length_B: jax.Array | None = None,
+    follows_BTS: jax.Array | None = None,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Evidence for each slot in each token's document so far, [B, T, E] float32, in nats.
+
+    Args:
+      sum_BX, length_B: what documents that began in earlier calls have gathered, and their tokens.
+      follows_BTS: documents that branch (see `router.path_mean`).
+
+    Returns:
+      the evidence, and what each row has gathered after its last token (unchanged for branches);
+      None and None in an architecture without evidence.
+    """
+    if not c.router.evidence:
+        return None, None
+    slots_BTE = of_tokens(groups, tokens_BT)
+    n_slots = slots_BTE.shape[-1]
+    if allowed_BE is not None:  # What a slot holds that no row may use meets nothing.
+        slots_BTE = jnp.where(jnp.any(allowed_BE, axis=0), slots_BTE, 0)
+    says_BTX = slots_BTE
+    if c.router.evidence_parts:
+        says_BTX = jnp.concatenate([slots_BTE, _looked_up(shared[LEAF], tokens_BT)], axis=-1)
+    count_B = None if length_B is None else length_B.astype(jnp.float32)
+    worth = c.router.evidence
+    if follows_BTS is not None:
+        assert sum_BX is not None and count_B is not None  # branches stand after a cached row
+        judged_BTX = router.path_mean(says_BTX, follows_BTS, sum_BX, count_B, worth)
+    else:
+        judged_BTX, sum_BX, _ = router.document_mean(says_BTX, segments_BT, sum_BX, count_B, worth)
+    evidence_BTE, parts_BTP = judged_BTX[..., :n_slots], judged_BTX[..., n_slots:]
+    if c.router.evidence_parts:
+        public_BT = jax.nn.logsumexp(parts_BTP, axis=-1) - math.log(c.router.evidence_parts)
+        evidence_BTE = evidence_BTE.at[..., router.PUBLIC_SLOT].add(public_BT)
+    return evidence_BTE, sum_BX
 
 
 def of_tokens(groups: Sequence[Any], tokens_BT: jax.Array) -> jax.Array:
     """Each slot's evidence of each token, [B, T, E] float32; 0 for the public slot."""
     first = [g if isinstance(g, Mapping) else g[0] for g in groups]
-    table_EV = jnp.concatenate([g[LEAF][0] for g in first]).astype(jnp.float32)
-    return jnp.moveaxis(table_EV.at[:, tokens_BT].get(mode="clip"), 0, -1)
+    return _looked_up(jnp.concatenate([g[LEAF][0] for g in first]), tokens_BT)
+
+
+def _looked_up(table_XV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    found = jnp.asarray(table_XV, jnp.float32).at[:, tokens_BT].get(mode="clip")
+    return jnp.moveaxis(found, 0, -1)

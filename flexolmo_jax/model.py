@@ -83,6 +83,8 @@ class Shared(nnx.Module):
         self.embed = Embed(c, rngs=rngs)
         self.layers = Layers(c, rngs=rngs)
         self.final_norm = _param(rngs, (c.d_model,), ("norm",), fill=1.0)
+        for name, (shape, axes) in evidence.shared_shapes(c).items():
+            setattr(self, name, _param(rngs, shape, axes, fill=0.0))
         if not c.tied_embeddings:
             self.unembed = _param(rngs, (c.d_model, c.vocab_size), ("embed", "vocab"))
 
@@ -146,14 +148,25 @@ class Cache:
     """State of decoding: one document per row, `length_B` tokens so far.
 
     Shapes:
-      k, v: [L, B, S, K, H], normed and rotated keys; router_sum [L, B, E] and length_B carry the
-      document mean of the router.
+      k, v: [L, B, S, K, H], normed and rotated keys; router_sum [L, B, E] and length_B carry what
+      the router has gathered of the document, evidence_sum [B, E + P] its evidence, if it has any.
     """
 
     k: Any
     v: Any
     router_sum: Any
+    evidence_sum: jax.Array | None
     length_B: jax.Array
+
+    def after(self, segments_BT: jax.Array, *state: Any) -> "Cache":
+        """The state when these tokens have been read: its other fields, and more tokens."""
+        return Cache(*state, self.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32))
+
+    def first_row(self) -> "Cache":
+        """The state of the first document alone."""
+        layers_ = (leaf[:, :1] for leaf in (self.k, self.v, self.router_sum))
+        gathered = None if self.evidence_sum is None else self.evidence_sum[:1]
+        return Cache(*layers_, gathered, self.length_B[:1])
 
 
 @jax.tree_util.register_dataclass
@@ -186,6 +199,7 @@ def init_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float3
         k=jnp.zeros(shape, dtype),
         v=jnp.zeros(shape, dtype),
         router_sum=jnp.zeros((config.n_layers, rows, config.n_slots), jnp.float32),
+        evidence_sum=evidence.init_sum(config, rows),
         length_B=jnp.zeros(rows, jnp.int32),
     )
 
@@ -223,18 +237,19 @@ def forward(
     segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
     n_slots = sum((g if isinstance(g, dict) else g[0])["bias"].shape[-1] for g in groups)
     n_active = min(config.n_active if n_active is None else n_active, n_slots)
+    documents = _documents(segments_BT, allowed_BE, cache, branch_end_BT)
+    evidence_BTE, gathered = evidence.of_documents(
+        config, shared, groups, tokens_BT, cache and cache.evidence_sum, **documents
+    )
     one_layer = functools.partial(
         block.layer,
         config,
         run,
-        segments_BT=segments_BT,
-        allowed_BE=allowed_BE,
         n_active=n_active,
-        length_B=None if cache is None else cache.length_B,
-        follows_BTS=None if branch_end_BT is None else _branch_mask(branch_end_BT),
         keep_residual=keep_residual,
         training=training,
-        evidence_BTE=evidence.of_tokens(groups, tokens_BT) if config.router.evidence else None,
+        evidence_BTE=evidence_BTE,
+        **documents,
     )
     layer_cache = None if cache is None else (cache.k, cache.v, cache.router_sum)
     over_layers = jax.lax.scan if isinstance(shared["layers"], dict) else _one_by_one
@@ -245,11 +260,20 @@ def forward(
         (shared["layers"], adapters.layered(groups), layer_cache),
     )
     if cache is not None and branch_end_BT is None:
-        length_B = cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
-        cache = Cache(*layer_cache, length_B)
+        cache = cache.after(segments_BT, *layer_cache, gathered)
     hidden_BTD = layers.rms_norm(x_BTD, shared["final_norm"], config.norm_eps)
     hidden_BTD = adapters.widened(groups, hidden_BTD, combine[-1])
     return Output(hidden_BTD, logits, combine, residual, drops, cache)
+
+
+def _documents(segments_BT, allowed_BE, cache, branch_end_BT) -> dict[str, Any]:
+    """What attention and the router need to know of the documents that stand in the rows."""
+    return {
+        "segments_BT": segments_BT,
+        "allowed_BE": allowed_BE,
+        "length_B": None if cache is None else cache.length_B,
+        "follows_BTS": None if branch_end_BT is None else _branch_mask(branch_end_BT),
+    }
 
 
 def _embedded(run: Runtime, shared: tree.Tree, tokens_BT: jax.Array) -> jax.Array:
@@ -318,7 +342,8 @@ def split_layers(
     layers_ = [jax.tree.map(operator.itemgetter(i), shared["layers"]) for i in range(n_layers)]
     experts = tuple([group_layer(group, i) for i in range(n_layers)] for group in groups)
     parts = (list(x) for x in (cache.k, cache.v, cache.router_sum))
-    return {**shared, "layers": layers_}, experts, Cache(*parts, cache.length_B)
+    cache = Cache(*parts, cache.evidence_sum, cache.length_B)
+    return {**shared, "layers": layers_}, experts, cache
 
 
 def _one_by_one(one_layer, carry, layers_in):

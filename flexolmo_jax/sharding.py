@@ -29,6 +29,7 @@ PARAM_RULES: dict[str, MeshAxes] = {
     "vocab": "model",
     "norm": None,
     "rank": None,
+    "part": None,
 }
 # Activations: the batch takes the axes that hold different data, features stay whole.
 ACTIVATION_RULES: dict[str, MeshAxes] = {

@@ -40,30 +40,33 @@ def split(stage: str, params: tree.Tree) -> tuple[tree.Tree, tree.Tree]:
 
     Stages "expert" and "rows" take the anchor's parameters, whose slot stands for the expert's too.
     """
-    group = params["experts"]
+    group, shared = params["experts"], params["shared"]
     if stage == "expert":
         trained = {name: group[name] for name in learnt(group)}
         counted = {name: leaf for name, leaf in group.items() if name not in trained}
         kept = {"expert": counted} if counted else {}
-        return {"expert": trained}, {"shared": params["shared"], "public": group, **kept}
+        return {"expert": trained}, {"shared": shared, "public": group, **kept}
     trained = {name: leaf for name, leaf in group.items() if name in TRAINED[stage]}
     kept = {name: leaf for name, leaf in group.items() if name not in TRAINED[stage]}
     if stage == "rows":
-        return {"expert": trained}, {"shared": params["shared"], "public": group, "expert": kept}
+        return {"expert": trained}, {"shared": shared, "public": group, "expert": kept}
     if stage == "router":
-        return {"experts": trained}, {"shared": params["shared"], "experts": kept}
-    return {"shared": params["shared"], "experts": trained}, {"experts": kept}
+        return {"experts": trained}, {"shared": shared, "experts": kept}
+    counted = {name: leaf for name, leaf in shared.items() if name == evidence.LEAF}
+    shared = {name: shared[name] for name in learnt(shared)}
+    kept = {"experts": kept, **({"shared": counted} if counted else {})}
+    return {"shared": shared, "experts": trained}, kept
 
 
-def learnt(group: Iterable[str]) -> list[str]:
-    """Leaves of a group that an expert trains: a table of evidence is counted instead."""
-    return [name for name in group if name != evidence.LEAF]
+def learnt(leaves: Iterable[str]) -> list[str]:
+    """Leaves that training finds: tables of evidence are counted instead."""
+    return [name for name in leaves if name != evidence.LEAF]
 
 
 def join(trainable: tree.Tree, frozen: tree.Tree) -> tree.Tree:
     """Exact inverse of `split`, but for the stages of one owner."""
-    experts = {**trainable["experts"], **frozen["experts"]}
-    return {"shared": {**trainable, **frozen}["shared"], "experts": experts}
+    parts = ({**trainable.get(p, {}), **frozen.get(p, {})} for p in ("shared", "experts"))
+    return dict(zip(("shared", "experts"), parts, strict=True))
 
 
 def upcycle(anchor: tree.Tree, router_LD: jax.Array, bias: float, key: jax.Array) -> tree.Tree:

@@ -386,6 +386,7 @@ def _final_params(j: training_job.TrainingJob, params: tree.Tree) -> tree.Tree:
         if config.stage == "anchor" and not config.anchor:
             row_LD = router_init.public_row(config, j.model)
             params["experts"]["router"] = row_LD[:, None, :]
+            params["shared"] |= router_init.public_parts(config, j.model)
         return params
     expert = stages.own_expert(params, j.frozen)
     if config.router_init.recalibrate:

@@ -142,6 +142,7 @@ def _new_program(config: RunConfig, grid: Mesh) -> programs.Program:
             where="RunConfig.model",
             fix='use stage "anchor" for one slot and "joint" for a mixture',
         )
+    router_init.check_parts(config, config.model)
     return programs.training(config, config.model, grid)
 
 

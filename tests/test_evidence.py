@@ -30,6 +30,9 @@ def test_a_table_is_a_smoothed_log_ratio():
     assert made.dtype == np.float32
     np.testing.assert_allclose(made, want, rtol=1e-6)
     np.testing.assert_array_equal(evidence.table(own, own), 0)
+    # However often a token stands on one side alone, it says so much and no more.
+    far = evidence.table(np.array([10**6, 0]), np.array([0, 10**6]))
+    np.testing.assert_array_equal(far, [evidence.LIMIT, -evidence.LIMIT])
     # One occurrence in a long text hardly shows: it is a tenth of what smoothing adds.
     once = np.array([10**6, 1, 0, 0]), np.array([10**6, 0, 0, 0])
     np.testing.assert_allclose(evidence.table(*once)[1], np.log(1.1), atol=1e-4)
@@ -93,6 +96,49 @@ def test_each_slot_reads_its_own_table():
         np.testing.assert_array_equal(says[..., slot], np.asarray(table)[0, slot][tokens])
 
 
+# Broken once by the sum of the odds in place of their mean, and by the mean of the evidence.
+def test_public_text_is_what_any_of_its_corpora_is():
+    """Three documents: of one corpus, of the other, and of an owner; tables far apart."""
+    c = toy.config(router=RouterConfig("document", evidence=1e9, evidence_parts=2), n_slots=2)
+    V = c.vocab_size
+    parts, own = np.zeros((2, V), np.float32), np.zeros((1, 2, V), np.float32)
+    parts[0, 0], parts[1, 1], own[0, 1, 2] = 5.0, 4.0, 3.0
+    made, gathered = evidence.of_documents(
+        c, {"evidence": parts}, ({"evidence": own},), jnp.array([[0, 1, 2]]),
+        segments_BT=jnp.array([[1, 2, 3]]),
+    )  # fmt: skip
+    want = [[np.log((np.exp(5) + 1) / 2), 0], [np.log((np.exp(4) + 1) / 2), 0], [0, 3]]
+    np.testing.assert_allclose(made[0], want, rtol=1e-5)
+    np.testing.assert_array_equal(gathered, [[0, 3, 0, 0]])  # of the last document
+    # A document of half of each is no more public than a mean of its odds.
+    made, _ = evidence.of_documents(
+        c, {"evidence": parts}, ({"evidence": own},), jnp.array([[0, 1]]),
+        segments_BT=jnp.ones((1, 2), jnp.int32),
+    )  # fmt: skip
+    np.testing.assert_allclose(made[0, 1, 0], np.log((np.exp(5) + np.exp(4)) / 2), rtol=1e-5)
+
+
+def test_each_public_corpus_has_its_table_in_the_anchor(texts):
+    """Mutation: tables against the other corpora in place of all of them."""
+    router_ = RouterConfig("document", evidence=4.0, evidence_parts=2)
+    c = toy.config(vocab_size=texts.vocab_size, router=router_)
+    own, public = run_config(texts).data.sources
+    both = DataConfig(sources=(dataclasses.replace(own, public=True), public), seq_len=16)
+    made = router_init.public_parts(run_config(texts, data=both), c)[evidence.LEAF]
+    counts = [router_init._counts([s], texts.vocab_size) for s in both.sources]
+    np.testing.assert_array_equal(made, [evidence.table(x, sum(counts)) for x in counts])
+    with pytest.raises(ConfigError, match=r"1 public source\(s\), 2 table\(s\)"):
+        router_init.public_parts(run_config(texts), c)
+    plain = toy.config(router=RouterConfig("document", evidence=4.0))
+    assert router_init.public_parts(run_config(texts), plain) == {}
+
+
+@pytest.mark.parametrize("asked", [{"evidence_parts": 2}, {"evidence": 4.0, "evidence_parts": 1}])
+def test_one_table_alone_says_nothing(asked):
+    with pytest.raises(ConfigError, match="one alone says nothing"):
+        RouterConfig("document", **asked)
+
+
 @pytest.mark.parametrize(
     "router_",
     [
@@ -116,6 +162,8 @@ def test_models_without_evidence_are_written_as_before_there_was_any():
         text = json.dumps(c.to_json())
         assert from_dict(ModelConfig, json.loads(text)) == c
     assert json.loads(text)["router"]["evidence"] == 4.0
+    assert "evidence_parts" not in json.loads(text)["router"]
+    assert "evidence" not in model.abstract_params(c)["shared"]
 
 
 def test_auto_is_what_suits_the_anchor():
@@ -139,5 +187,5 @@ def test_recalibration_keeps_half_of_a_row_beside_evidence(texts):
     made = router_init.recalibrate(run_config(texts), c, params["shared"], *halves)
     np.testing.assert_array_equal(made["router"], 0.5 * np.asarray(halves[1]["router"]))
     lower = np.logaddexp(0, made["bias"]) - np.logaddexp(0, np.asarray(halves[1]["bias"]))
-    np.testing.assert_allclose(lower, router_init.MARGIN, rtol=1e-5)
+    np.testing.assert_allclose(lower, router_init.EVIDENCE_MARGIN, rtol=1e-5)
     assert made["evidence"] is halves[1]["evidence"]

@@ -93,7 +93,7 @@ def poison(params, slot, value, seed=9):
 def test_causality_by_gradient(context, dispatch):
     """Mutations: mask without `tril`; mask without `same`; `document_mean` without restarts."""
     segments = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 0]], np.int32)
-    asked = {"evidence": 3.0, "context": "document"} if context == "evidence" else {}
+    asked = {"evidence": 3.0, "parts": 2, "context": "document"} if context == "evidence" else {}
     config = cases.config_with(**{"context": context, **asked}, norm_placement="pre", n_active=3)
     params = cases.random_params(config)
     tokens = np.arange(10, dtype=np.int32)[None]  # All different: one embedding row per position.
@@ -260,6 +260,7 @@ MORE = {
     "adapters": AdapterConfig(attention=2, head=2, norms=True),
     "context": "document",
     "evidence": 3.0,
+    "parts": 2,
 }
 NON_FINITE = [np.nan, np.inf, -np.inf]
 MIXED = np.array([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 0]], bool)  # Row 1 uses slot 2.

@@ -201,7 +201,7 @@ CASES = {
         "some",
     ),
     "all active, evidence": (
-        cases.config_with(context="document", evidence=3.0, n_active=4),
+        cases.config_with(context="document", evidence=3.0, parts=3, n_active=4),
         None,
     ),
     "rows deny, evidence, pre": (

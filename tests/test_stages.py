@@ -36,12 +36,16 @@ from flexolmo_jax.errors import ConfigError
 KEY = jax.random.key(0)
 OPTIM = OptimConfig(peak_lr=3e-3, total_steps=8, warmup_steps=2, load_balance=0.01)
 CONFIGS = {
-    "anchor": toy.config(n_slots=1, n_active=1),
+    "anchor": toy.config(
+        n_slots=1,
+        n_active=1,
+        router=RouterConfig("document", evidence=4.0, evidence_parts=2),
+    ),
     "expert": toy.config(
         n_slots=1,
         n_active=1,
         adapters=AdapterConfig(2, 2, True),
-        router=RouterConfig("document", evidence=4.0),
+        router=RouterConfig("document", evidence=4.0, evidence_parts=2),
     ),
     "rows": toy.config(n_slots=1, n_active=1),
     "router": toy.CONFIG,

@@ -10,15 +10,14 @@ import jax
 import numpy as np
 import pytest
 import toy
-from expert_helpers import make_anchor, random_tree
+from expert_helpers import make_anchor
 
 from experiments import common, studies
 from flexolmo_jax import configfile, evaluate, model, moe, router, stages, tree
 from flexolmo_jax.cli import main as cli
 from flexolmo_jax.cli import study as study_cli
-from flexolmo_jax.config import AdapterConfig, ModelConfig, RouterConfig
+from flexolmo_jax.config import AdapterConfig, ModelConfig
 from flexolmo_jax.errors import ConfigError
-from flexolmo_jax.experts import model_dir
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.jobs.plan import order
 from flexolmo_jax.study import (
@@ -34,7 +33,7 @@ from flexolmo_jax.study import (
     summary,
     weights,
 )
-from flexolmo_jax.study.design import Owner, Recipe
+from flexolmo_jax.study.design import Owner
 
 STUDY = dataclasses.replace(
     studies.get_study("seeds=2,quick=true"),
@@ -183,64 +182,6 @@ def test_biases_are_set_by_how_often_an_expert_is_preferred():
     assert (share[1] == 0).all() and (np.abs(effective[:, 2]) < 1e-5).all()
 
 
-# --- Starts ------------------------------------------------------------------------------------
-
-
-def test_the_papers_anchor_differs_in_the_router_alone(tmp_path):
-    texts = toy.texts(tmp_path)
-    config = toy.config(n_slots=1, n_active=1, vocab_size=texts.vocab_size)
-    config = config.replace(router=RouterConfig("document"))
-    params = random_tree(model.abstract_params(config), 0)
-    piece = slices.take_slot(params["experts"], 0)
-    # As imports leave it: how it was trained is not known.
-    training = {"stage": "imported"}
-    made = model_dir.write_model(
-        tmp_path / "anchor", config, params["shared"], piece, texts.tokenizer, training
-    )
-    info = starts.agreed(made.path, tmp_path / "token", Recipe("token", 0.0), [texts.public])
-    assert info.config.router == RouterConfig("token") and info.is_anchor
-    _, other, _ = model_dir.load_model(info.path)
-    _, whole, _ = model_dir.load_model(made.path)
-    old, new = tree.digests(whole), tree.digests(other)
-    assert {name for name in old if old[name] != new[name]} == {"experts/router"}
-    row = other["experts"]["router"]
-    assert np.abs(row).max() > 0 and (row == row[:1]).all()  # One vector for all layers.
-
-
-def test_an_anchor_with_room_for_more_is_the_same_model(tmp_path):
-    anchor = make_anchor(tmp_path / "anchor")
-    more = Recipe("document", 0.0, adapters=AdapterConfig(3, 2, True))
-    assert more.agreed == "document-attention3-head2-norms1"
-    info = starts.agreed(anchor.path, tmp_path / "more", more, [])
-    assert info.config.adapters == more.adapters
-    assert info.anchor_digest != anchor.anchor_digest
-    _, old, _ = model_dir.load_model(anchor.path)
-    _, new, _ = model_dir.load_model(info.path)
-    old, new = tree.flatten(old), tree.flatten(new)
-    assert all(np.array_equal(new[name], old[name]) for name in old)
-    assert not any(np.any(new[name]) for name in new.keys() - old.keys())
-    # Without more it is the anchor itself, and mixtures of rivals hold FFNs alone.
-    same = starts.agreed(anchor.path, tmp_path / "same", Recipe("document", 0.0), [])
-    assert same.anchor_digest == anchor.anchor_digest
-    mixed = starts.upcycled(info.path, tmp_path / "m", ("a",), n_active=2, seed=0)
-    assert mixed.config.adapters == AdapterConfig()
-
-
-def test_an_upcycled_mixture_starts_as_its_anchor(tmp_path):
-    anchor = make_anchor(tmp_path / "anchor")
-    info = starts.upcycled(anchor.path, tmp_path / "m", ("a", "b"), n_active=2, seed=0)
-    _, params, _ = model_dir.load_model(info.path)
-    assert list(info.slots) == ["public", "a", "b"] and info.config.n_active == 2
-    for name in moe.WEIGHTS:
-        leaf = params["experts"][name]
-        assert (leaf == leaf[:, :1]).all()
-    rows_ = params["experts"]["router"]
-    assert len(np.unique(rows_)) == rows_.size and np.abs(rows_).max() < 0.2
-    assert (np.asarray(router.effective_bias(params["experts"]["bias"][0])) == 0).all()
-    _, whole, _ = model_dir.load_model(anchor.path)
-    assert tree.digests(params["shared"]) == tree.digests(whole["shared"])
-
-
 # --- Scores ------------------------------------------------------------------------------------
 
 
@@ -308,6 +249,23 @@ def test_leaving_is_exact_and_told_apart_from_not(scoring):
     assert found["bpb"][""] != pytest.approx(alone, rel=1e-5)
 
 
+def test_ffns_that_never_met_the_anchor_have_the_rows_of_those_that_did(scoring):
+    owners = {"code": dense(1), "news": dense(2)}
+    pieces = [slices.take_slot(dense(seed)["experts"], 0) for seed in (0, 3, 4)]
+
+    class Fake:
+        study, dense = STUDY, owners
+
+    whole = judge.Mixture(dense(0)["shared"], weights.stacked(pieces), C)
+    made = judge._uncoordinated(Fake(), whole)
+    for name, leaf in made.group.items():
+        np.testing.assert_array_equal(leaf[:, 0], whole.group[name][:, 0])
+        for slot, model_ in enumerate(owners.values(), start=1):
+            source = model_["experts"][name][:, 0] if name in moe.WEIGHTS else None
+            expected = whole.group[name][:, slot] if source is None else source
+            np.testing.assert_array_equal(leaf[:, slot], expected)
+
+
 def test_training_flops():
     flops = {
         name: judge.train_flops(STUDY, C, name)
@@ -315,6 +273,7 @@ def test_training_flops():
             "anchor",
             "ours",
             "paper-tuned",
+            "paper-uncoordinated",
             "soup",
             "dense-code",
             "btx",
@@ -326,6 +285,7 @@ def test_training_flops():
     each = stages.flops_per_token(one, "anchor", STUDY.seq_len)
     assert flops["anchor"] == 0 and flops["dense-code"] == tokens * each
     assert flops["soup"] == owners * tokens * each < flops["btx"]
+    assert flops["paper-uncoordinated"] == flops["soup"]
     assert flops["ours"] < flops["paper-tuned"]
     real = studies.get_study()
     config = ModelConfig(**common.sizes()["tiny"])
@@ -439,6 +399,27 @@ def test_the_page_shows_every_method(tmp_path):
         "results-main-methods.svg",
         "results-main-ours-active.svg",
     }
+
+
+def test_a_brief_study_tells_what_it_has(tmp_path):
+    brief = dataclasses.replace(STUDY, brief=True, rivals=False)
+    scores = fake_scores(0)
+    kept = {name: m for name, m in scores["methods"].items() if "-" not in name and "+" not in name}
+    sets = {
+        name: {key: found[key] for key in ("pairs", "opt_out", "part", "shipped")}
+        for name, found in scores["recipes"].items()
+    }
+    content = {
+        **run.collect(brief, [{**scores, "methods": kept, "recipes": sets}]),
+        "reproduce": "flexolmo study",
+        "machine": {"cores": 2},
+        "versions": {},
+        "seconds": 1.0,
+    }
+    page.write(brief, content, tmp_path)
+    text = (tmp_path / "results-main.md").read_text()
+    assert "| ours | 1 | yes |" in text and "## Joining" not in text
+    assert [p.name for p in tmp_path.glob("*.svg")] == ["results-main-methods.svg"]
 
 
 # Seen to fail while the level was the anchor's mean over all held-out rows.

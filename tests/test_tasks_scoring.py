@@ -116,7 +116,7 @@ CASES = {
         "router": RouterConfig(context="token", renormalize=True),
     },
     "norm per head": {"qk_norm": "head", "n_kv_heads": 4},
-    "evidence": {"router": RouterConfig("document", evidence=4.0)},
+    "evidence": {"router": RouterConfig("document", evidence=4.0, evidence_parts=2)},
 }
 
 

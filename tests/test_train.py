@@ -414,11 +414,20 @@ def test_rows_of_another_expert_or_anchor_are_refused(texts, anchor, expert, tmp
 def test_an_expert_of_more_than_ffns_goes_all_the_way(texts, tmp_path):
     """Trained, packaged, stitched, denied: the anchor's bits are back."""
     agreed = anchor_config(texts).model.replace(
-        adapters=AdapterConfig(2, 2, True), router=RouterConfig("document", evidence=4.0)
+        adapters=AdapterConfig(2, 2, True),
+        router=RouterConfig("document", evidence=4.0, evidence_parts=2),
     )
-    train.fit(anchor_config(texts, model=agreed), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"1 public source\(s\), 2 table\(s\)"):
+        train.fit(anchor_config(texts, model=agreed), tmp_path / "run")
+    config = anchor_config(texts, model=agreed)
+    sources = tuple(SourceConfig(str(path), public=True) for path in (texts.own, texts.public))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    train.fit(config, tmp_path / "run")
     package.package(tmp_path / "run", tmp_path / "anchor")
     info, params, _ = model_dir.load_model(tmp_path / "anchor")
+    # A table of each public corpus, counted when training was over.
+    parts = router_init.public_parts(config, info.config)[evidence.LEAF]
+    np.testing.assert_array_equal(params["shared"][evidence.LEAF], parts)
     assert not any(np.any(params["experts"][n]) for n in (*adapters.LEAVES, evidence.LEAF))
     init = RouterInitConfig(method="auto")
     config = expert_config(texts, tmp_path / "anchor", router_init=init)

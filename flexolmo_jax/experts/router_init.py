@@ -35,8 +35,8 @@ MAX_MEAN_LOGIT = 6.0
 # Weight of the discriminant beside the trained row, and what the effective biases are lowered
 # by (nats): chosen on the tuning text of seed 0 (LOG.md).
 RECALIBRATION, MARGIN = 0.25, 1.0
-# What is left of a trained row beside a table of evidence: chosen like the others (LOG.md).
-BESIDE_EVIDENCE = 0.5
+# Beside tables of evidence: what is left of a trained row, and the margin (both as above).
+BESIDE_EVIDENCE, EVIDENCE_MARGIN = 0.5, 1.5
 # Every so many positions are kept: neighbours of a running mean say the same.
 STRIDE = 12
 KEPT = slice(STRIDE // 2, None, STRIDE)
@@ -107,6 +107,37 @@ def evidence_table(config: RunConfig, c: ModelConfig) -> np.ndarray:
     return distributed.array_from_first(table_V[None, None])
 
 
+def public_parts(config: RunConfig, c: ModelConfig) -> dict[str, np.ndarray]:
+    """The shared leaf that holds a table of each public corpus, [P, V], where the anchor has any.
+
+    Set once when the anchor is finished, as the public row is.
+    """
+    check_parts(config, c)
+    if not c.router.evidence_parts:
+        return {}
+    public = _public(config.data.sources)
+    with distributed.together("counting tokens"):
+        counts_PV = np.stack([_counts([source], c.vocab_size) for source in public])
+        made_PV = np.stack([evidence.table(own_V, counts_PV.sum(0)) for own_V in counts_PV])
+    return {evidence.LEAF: distributed.array_from_first(made_PV)}
+
+
+def check_parts(config: RunConfig, c: ModelConfig) -> None:
+    """Refuses an anchor with room for more tables, or fewer, than there are public corpora.
+
+    Raises:
+      ConfigError: this.
+    """
+    public = len(_public(config.data.sources))
+    if c.router.evidence_parts not in (0, public):
+        raise ConfigError(
+            "Every public corpus has a table of evidence of its own",
+            got=f"{public} public source(s), {c.router.evidence_parts} table(s)",
+            where="config.model.router.evidence_parts",
+            fix="set it to the number of sources with public=True, or to 0 if there is only one",
+        )
+
+
 def _counts(sources: Sequence[SourceConfig], vocab_size: int) -> np.ndarray:
     """Token counts [V] of sources, by stretches that lie evenly over each."""
     total_V = np.zeros(vocab_size, np.int64)
@@ -140,12 +171,12 @@ def recalibrate(
     """
     trained = placed.fetch({name: expert[name] for name in ("router", "bias")})
     if c.router.evidence:
-        router_LED = BESIDE_EVIDENCE * trained["router"]
+        router_LED, margin = BESIDE_EVIDENCE * trained["router"], EVIDENCE_MARGIN
     else:
         rows_LD = _discriminants(*_both_sides(config, c, shared, (public, expert)))
-        router_LED = trained["router"] + RECALIBRATION * rows_LD[:, None]
+        router_LED, margin = trained["router"] + RECALIBRATION * rows_LD[:, None], MARGIN
     # Effective biases are -softplus of the raw ones: this is its inverse at the lowered value.
-    lowered_LE = np.logaddexp(0.0, trained["bias"].astype(np.float64)) + MARGIN
+    lowered_LE = np.logaddexp(0.0, trained["bias"].astype(np.float64)) + margin
     bias_LE = lowered_LE + np.log(-np.expm1(-lowered_LE))
     return {
         **expert,

@@ -22,6 +22,7 @@ class Recipe:
       rows_of: the recipe whose finished experts it takes, with rows that each owner tunes alone
         afterwards; what trains an expert is then that recipe's.
       evidence: `RouterConfig.evidence`.
+      parts: whether each public corpus has a table of evidence in the anchor.
       tuned: tune the router afterwards as the paper does, on proxies and public text.
       says: what it is, for tables.
     """
@@ -32,13 +33,15 @@ class Recipe:
     adapters: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     rows_of: str = ""
     evidence: float = 0.0
+    parts: bool = False
     tuned: bool = False
     says: str = ""
 
     @property
     def agreed(self) -> str:
         """Name of the anchor that its experts agree on: one for every set of choices above."""
-        held = {"evidence": self.evidence, **dataclasses.asdict(self.adapters)}
+        held = {"evidence": self.evidence, "parts": self.parts}
+        held |= dataclasses.asdict(self.adapters)
         return "-".join([self.context, *(f"{name}{n:g}" for name, n in held.items() if n)])
 
 
@@ -73,6 +76,8 @@ class Study:
       owners: name to its text; every expert, and every dense model, has one owner.
       orders: name to an order in which owners join.
       together: owners who leave at once, at most.
+      brief: recipes are scored as they are, without biases, and as owners leave; else also with all
+        that can be made of their experts, and by active experts and owners who join.
       rivals: whether dense models, what is made of them, and unrestricted mixtures are trained.
       bytes: text per corpus: "public", "closed" (training), "heldout".
       steps: optimizer steps: "anchor", "owner" (each expert and each dense model), "router";
@@ -106,6 +111,7 @@ class Study:
     rows: Mapping[str, int]
     proxy_tokens: int = 50_000
     trials: int = 4
+    brief: bool = False
     imported: str = ""
     vocab: int = 4096
     tasks: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax import adapters, inference, model, stages, tree
+from flexolmo_jax import adapters, inference, model, moe, stages, tree
 from flexolmo_jax.config import AdapterConfig, ModelConfig
 from flexolmo_jax.data import shards
 from flexolmo_jax.experts import model_dir
@@ -174,17 +174,34 @@ def single_models(j: Judge) -> Iterator[tuple[str, Mixture]]:
 def variants(j: Judge, name: str) -> dict[str, Method]:
     """A recipe, and what can be made of its experts without training any of them again."""
     m = j.recipes[name]
-    out = {"": j.choose_active(m), "+fallback": j.choose_active(m.falling_back())}
+    out = {"": j.choose_active(m)}
     k = out[""].forward
 
     def changed(other: Mixture) -> Method:
         return Method(other.losses(j.heldout, k), k, out[""].chosen)
 
-    out |= {f"-rank{rank}": changed(other) for rank, other in _low_rank(m)}
     out["-no-bias"] = changed(m.replace(group=weights.without_bias(m.group)))
+    if j.study.brief:
+        return out
+    out["+fallback"] = j.choose_active(m.falling_back())
+    out |= {f"-rank{rank}": changed(other) for rank, other in _low_rank(m)}
+    if j.study.rivals and not adapters.size(m.config):
+        out["-uncoordinated"] = j.choose_active(_uncoordinated(j, m))
     if j.study.recipes[name].tuned:
         out["-tuned"] = j.choose_active(j.trained_together(f"router-{name}", name))
     return out | {"+rate": _with_rate(j, m)}
+
+
+def _uncoordinated(j: Judge, m: Mixture) -> Mixture:
+    """The same rows with FFNs that never saw the anchor's beside them: those of dense models.
+
+    Source: the paper's Table 1, "no coordination"; which rows it has there is not stated.
+    """
+    pieces = [slices.take_slot(m.group, e) for e in range(m.n_slots)]
+    for piece, owner in zip(pieces[1:], j.study.owners, strict=True):
+        dense = slices.take_slot(j.dense[owner]["experts"], 0)
+        piece |= {name: dense[name] for name in moe.WEIGHTS}
+    return m.replace(group=weights.stacked(pieces))
 
 
 def _with_rate(j: Judge, m: Mixture) -> Method:
@@ -289,7 +306,7 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
     if name.startswith("unrestricted"):
         steps = study.steps[name.replace("unrestricted", "union")]
         return steps * study.batch_rows * study.seq_len * cost("joint", 2)
-    if recipe:
+    if recipe and not name.endswith("-uncoordinated"):
         tuned = router_tokens * cost("router", 2) if name.endswith("-tuned") else 0.0
         after = owners * router_tokens * cost("rows") if study.recipes[recipe].rows_of else 0.0
         return owners * tokens * cost("expert") + tuned + after
@@ -326,22 +343,34 @@ def run(layout: Layout, seed: int, say: Say) -> dict[str, Any]:
         }
         if name in answered:
             out["methods"][name]["tasks"] = answered[name]
-    out["recipes"] = {}
-    for name in j.study.recipes:
-        m = j.recipes[name]
-        k = out["methods"][name]["chosen"]["active"]["value"]
-        k_back = out["methods"][f"{name}+fallback"]["chosen"]["active"]["value"]
-        out["recipes"][name] = {
-            "pairs": pairs(j, name),
+    out["recipes"] = {name: _sets(j, name, out["methods"]) for name in j.study.recipes}
+    return out
+
+
+def _sets(j: Judge, name: str, scored: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's experts in pairs and in sets, as JSON values.
+
+    Args:
+      scored: of every method, with the active experts chosen for it.
+    """
+    m = j.recipes[name]
+    k = scored[name]["chosen"]["active"]["value"]
+    out = {
+        "pairs": pairs(j, name),
+        "opt_out": opt_out(j, m, k),
+        "part": j.part.bits(j.part.losses(j.anchor["shared"], j.anchor["experts"])),
+        "shipped": _shipped(m),
+    }
+    if not j.study.brief:
+        back = m.falling_back()
+        k_back = scored[f"{name}+fallback"]["chosen"]["active"]["value"]
+        out |= {
             "active": active_curve(j, m),
-            "active_fallback": active_curve(j, m.falling_back()),
+            "active_fallback": active_curve(j, back),
             "owners": {n: owners_curve(j, m, k, o) for n, o in j.study.orders.items()},
-            "opt_out": opt_out(j, m, k),
-            "opt_out_fallback": opt_out(j, m.falling_back(), k_back),
-            "part": j.part.bits(j.part.losses(j.anchor["shared"], j.anchor["experts"])),
-            "shipped": _shipped(m),
+            "opt_out_fallback": opt_out(j, back, k_back),
         }
-        say(f"{name}: pairs, active experts, owners and opt-out done")
+    j.say(f"{name}: {', '.join(out)}")
     return out
 
 

@@ -33,7 +33,7 @@ def sections(study: Study, results: Json) -> list[tuple[str, str, str]]:
         (
             "Below the others",
             "Mean over all domains of each method minus that of our recipe, paired by seed.",
-            tables.against(study, results),
+            tables.against(results),
         ),
         (
             "What experts keep",
@@ -41,12 +41,7 @@ def sections(study: Study, results: Json) -> list[tuple[str, str, str]]:
             "public text costs.",
             tables.facts(study, results),
         ),
-        (
-            "Joining",
-            "Owners who join one after the other, in several orders; on the text that sets of "
-            "owners are compared on.",
-            tables.joining(study, results),
-        ),
+        *_joining(study, results),
         (
             "Leaving",
             f"Every set of up to {study.together} owner(s) denied in turn; the worst case of each "
@@ -54,6 +49,15 @@ def sections(study: Study, results: Json) -> list[tuple[str, str, str]]:
             tables.opt_out(study, results),
         ),
     ]
+
+
+def _joining(study: Study, results: Json) -> list[tuple[str, str, str]]:
+    """The section of owners who join, where that was scored."""
+    if study.brief:
+        return []
+    text = "Owners who join one after the other, in several orders; on the text that sets of owners"
+    text += " are compared on."
+    return [("Joining", text, tables.joining(study, results))]
 
 
 def _tasks(study: Study, results: Json) -> list[tuple[str, str, str]]:

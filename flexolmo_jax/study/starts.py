@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexolmo_jax import tree
+from flexolmo_jax import stages, tree
 from flexolmo_jax.config import (
     AdapterConfig,
     DataConfig,
@@ -37,23 +37,30 @@ def agreed(anchor: Path, out: Path, recipe: Recipe, public: Sequence[Path]) -> m
     """
     info, params, _ = model_dir.load_model(anchor)
     router = dataclasses.replace(
-        info.config.router, context=recipe.context, evidence=recipe.evidence
+        info.config.router,
+        context=recipe.context,
+        evidence=recipe.evidence,
+        evidence_parts=len(public) if recipe.parts else 0,
     )
     config = info.config.replace(router=router, adapters=recipe.adapters)
+    run = RunConfig(
+        stage="anchor",
+        anchor=str(anchor),
+        data=DataConfig(sources=tuple(SourceConfig(str(p), public=True) for p in public)),
+        router_init=RouterInitConfig(method="embedding"),
+    )
     piece = _holding(slices.take_slot(params["experts"], 0), config)
     if recipe.context == "token":
-        run = RunConfig(
-            stage="anchor",
-            anchor=str(anchor),
-            data=DataConfig(sources=tuple(SourceConfig(str(p), public=True) for p in public)),
-            router_init=RouterInitConfig(method="embedding"),
-        )
         piece["router"] = router_init.public_row(run, config)
+    shared = _learnt(params["shared"]) | router_init.public_parts(run, config)
     # An anchor of another format does not say how it was trained.
     training = {key: info.training[key] for key in NOTHING_TRAINED if key in info.training}
-    return model_dir.write_model(
-        out, config, params["shared"], piece, info.tokenizer_path, training
-    )
+    return model_dir.write_model(out, config, shared, piece, info.tokenizer_path, training)
+
+
+def _learnt(shared: tree.Tree) -> tree.Tree:
+    """Shared weights without tables of evidence, which one recipe has and another has not."""
+    return {name: shared[name] for name in stages.learnt(shared)}
 
 
 def mixture(
@@ -72,7 +79,9 @@ def mixture(
       experts: id to slice, the public one included; router rows and biases in them are ignored.
     """
     info = model_info.read_info(anchor)
-    router = dataclasses.replace(info.config.router, context="token", evidence=0.0)
+    router = dataclasses.replace(
+        info.config.router, context="token", evidence=0.0, evidence_parts=0
+    )
     config = info.config.replace(
         n_slots=len(experts), n_active=n_active, router=router, adapters=AdapterConfig()
     )
@@ -87,7 +96,12 @@ def mixture(
     public, *others = experts
     members = [model_dir.Member(name, drawn(experts[name]), NOTHING_TRAINED) for name in others]
     return model_dir.write_model(
-        out, config, shared, drawn(experts[public]), info.tokenizer_path, experts=members
+        out,
+        config,
+        _learnt(shared),
+        drawn(experts[public]),
+        info.tokenizer_path,
+        experts=members,
     )
 
 

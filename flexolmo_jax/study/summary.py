@@ -123,7 +123,8 @@ def opt_out(study: Study, found: Scores, recipe: str, kind: str) -> dict[str, An
 def recipe_facts(study: Study, scores: Sequence[Scores], recipe: str) -> dict[str, Any]:
     """Gains kept, public text against the anchor, and opt-out of a recipe, over seeds."""
     out: dict[str, Any] = {}
-    for variant, kind in (("", "opt_out"), ("+fallback", "opt_out_fallback")):
+    kinds = {"": "opt_out"} if study.brief else {"": "opt_out", "+fallback": "opt_out_fallback"}
+    for variant, kind in kinds.items():
         method = f"{recipe}{variant}"
         kept = [gain_kept(study, s, recipe, method) for s in scores]
         leaving = [opt_out(study, s, recipe, kind) for s in scores]
@@ -154,9 +155,9 @@ def _public(study: Study, found: Scores, method: str) -> float:
 
 
 def curves(study: Study, scores: Sequence[Scores]) -> dict[str, Any]:
-    """Recipe to its curves over active experts, and over owners by order of joining."""
+    """Recipe to its curves over active experts, and over owners by order of joining, if any."""
     out: dict[str, Any] = {}
-    for recipe in study.recipes:
+    for recipe in () if study.brief else study.recipes:
         mine = out[recipe] = {}
         found = [s["recipes"][recipe] for s in scores]
         for kind in ("active", "active_fallback"):

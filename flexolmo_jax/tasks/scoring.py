@@ -311,9 +311,7 @@ class _Runner:
                 jnp.asarray(tokens_BT),
                 jnp.asarray(segments_BT, dtype=jnp.int32),
             )
-        cache = model.Cache(
-            cache.k[:, :1], cache.v[:, :1], cache.router_sum[:, :1], cache.length_B[:1]
-        )
+        cache = cache.first_row()
         if m.runtime.mesh is not None:
             cache = jax.device_put(cache, NamedSharding(m.runtime.mesh, PartitionSpec()))
         self.known = (key, cache)

@@ -34,9 +34,11 @@ SEGMENTS = np.array(
 )
 
 
-def config_with(*, context="token", renormalize=False, fallback=False, evidence=0.0, **changes):
+def config_with(
+    *, context="token", renormalize=False, fallback=False, evidence=0.0, parts=0, **changes
+):
     """TINY with changes."""
-    router = RouterConfig(context, renormalize, fallback, evidence)
+    router = RouterConfig(context, renormalize, fallback, evidence, parts)
     return TINY.replace(router=router, **changes)
 
 
@@ -53,6 +55,8 @@ def shapes(c):
     shared = {"embed": {"embedding": (V, D)}, "layers": layers, "final_norm": (D,)}
     if not c.tied_embeddings:
         shared["unembed"] = (D, V)
+    if c.router.evidence_parts:
+        shared["evidence"] = (c.router.evidence_parts, V)
     experts = {"w_gate": (L, E, D, F), "w_up": (L, E, D, F), "w_down": (L, E, F, D)}
     if R := c.adapters.attention:
         experts |= {f"{p}_a": (L, E, D, R) for p in "qkv"} | {"o_a": (L, E, N, H, R)}

@@ -104,8 +104,8 @@ def combine_weights(
 ):  # fmt: skip
     """Weight of each slot for each token of a row: x [T,D], router [E,D], allowed [E] -> [T,E].
 
-    With `worth`, `says` [T,E] is what each token says of its document, and n tokens of a document
-    count as n * worth / (n + worth) times their mean.
+    With `worth`, `says` [T,E] is the evidence of each token's document so far, and n tokens of a
+    document count as n * worth / (n + worth) times their mean.
     """
     allowed = np.asarray(allowed, bool)
     if not allowed.any():
@@ -122,7 +122,7 @@ def combine_weights(
             mean = raw_logits[e][first : t + 1].mean()
             if worth:
                 n = t + 1 - first
-                mean = (mean + says[first : t + 1, e].mean()) * n * worth / (n + worth)
+                mean = mean * n * worth / (n + worth) + says[t, e]
             logits.append(mean + bias)
         probs = np.exp(np.array(logits) - max(logits))
         probs /= probs.sum()
@@ -134,6 +134,22 @@ def combine_weights(
         total = sum(probs[c] for c in chosen) if renormalize else 1.0
         for c in chosen:
             out[t, candidates[c]] = probs[c] / total
+    return out
+
+
+def evidence(config, params, tokens, segments):
+    """Evidence [T,E] of one row, nats: for each slot in the document up to each token."""
+    tables = np.asarray(params["experts"]["evidence"][0], np.float64)
+    _, starts = positions_of(segments)
+    out = np.zeros((len(tokens), len(tables)))
+    for t in range(len(tokens)):
+        seen = tokens[starts[t] : t + 1]
+        share = config.router.evidence / (len(seen) + config.router.evidence)
+        for e in range(len(tables)):
+            out[t, e] = tables[e][seen].sum() * share
+        if config.router.evidence_parts:
+            odds = [np.exp(part[seen].sum() * share) for part in params["shared"]["evidence"]]
+            out[t, 0] += np.log(np.mean(odds))
     return out
 
 
@@ -197,8 +213,7 @@ def forward(config, params, tokens, segments=None, allowed=None):
     below = np.zeros((*tokens.shape, config.n_slots))
     says = [None] * len(tokens)
     if "evidence" in params["experts"]:
-        table = np.asarray(params["experts"]["evidence"][0], np.float64)
-        says = [table[:, row].T for row in tokens]
+        says = [evidence(config, params, *row) for row in zip(tokens, segments, strict=True)]
     for index in range(config.n_layers):
         layer = _layer(params, index)
         rows = [
