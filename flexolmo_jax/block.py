@@ -156,14 +156,14 @@ def _router_logits(
         bias_E = jnp.where(used_E, bias_E, 0)
     logits_BTE = router.router_logits(x_BTD, router_ED)
     if config.router.context == "document":
-        count_B = None if router_sum_BE is None else length_B.astype(jnp.float32)
-        worth = config.router.evidence
-        if follows_BTS is not None:
-            logits_BTE = router.path_mean(logits_BTE, follows_BTS, router_sum_BE, count_B, worth)
-        else:
-            logits_BTE, router_sum_BE, _ = router.document_mean(
-                logits_BTE, segments_BT, router_sum_BE, count_B, worth
-            )
+        logits_BTE, router_sum_BE = router.gathered(
+            logits_BTE,
+            router_sum_BE,
+            config.router.evidence,
+            segments_BT=segments_BT,
+            length_B=length_B,
+            follows_BTS=follows_BTS,
+        )
     if evidence_BTE is not None:
         logits_BTE += evidence_BTE
     return logits_BTE + router.effective_bias(bias_E), router_sum_BE

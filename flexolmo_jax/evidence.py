@@ -29,8 +29,8 @@ from flexolmo_jax.config import ModelConfig
 LEAF = "evidence"
 # Added to every count: a token seen fewer times than this on both sides says next to nothing.
 SMOOTHING = 10.0
-# No token says more than this, nats: a few words of a stranger's subject would outweigh the rest of
-# his text, in which nobody's words stand (LOG.md).
+# No token says more than this, in nats. Text of none of the owners, such as mathematics, has signs
+# that one of them has far more often than public text: they alone would make it his (LOG.md).
 LIMIT = 3.0
 
 
@@ -78,16 +78,14 @@ def of_documents(
     tokens_BT: jax.Array,
     sum_BX: jax.Array | None = None,
     *,
-    segments_BT: jax.Array,
     allowed_BE: jax.Array | None = None,
-    length_B: jax.Array | None = None,
-    follows_BTS: jax.Array | None = None,
+    **documents: Any,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """Evidence for each slot in each token's document so far, [B, T, E] float32, in nats.
 
     Args:
-      sum_BX, length_B: what documents that began in earlier calls have gathered, and their tokens.
-      follows_BTS: documents that branch (see `router.path_mean`).
+      sum_BX: what documents that began in earlier calls have gathered.
+      documents: where they stand in the rows, as `router.gathered` takes it.
 
     Returns:
       the evidence, and what each row has gathered after its last token (unchanged for branches);
@@ -102,13 +100,7 @@ def of_documents(
     says_BTX = slots_BTE
     if c.router.evidence_parts:
         says_BTX = jnp.concatenate([slots_BTE, _looked_up(shared[LEAF], tokens_BT)], axis=-1)
-    count_B = None if length_B is None else length_B.astype(jnp.float32)
-    worth = c.router.evidence
-    if follows_BTS is not None:
-        assert sum_BX is not None and count_B is not None  # branches stand after a cached row
-        judged_BTX = router.path_mean(says_BTX, follows_BTS, sum_BX, count_B, worth)
-    else:
-        judged_BTX, sum_BX, _ = router.document_mean(says_BTX, segments_BT, sum_BX, count_B, worth)
+    judged_BTX, sum_BX = router.gathered(says_BTX, sum_BX, c.router.evidence, **documents)
     evidence_BTE, parts_BTP = judged_BTX[..., :n_slots], judged_BTX[..., n_slots:]
     if c.router.evidence_parts:
         public_BT = jax.nn.logsumexp(parts_BTP, axis=-1) - math.log(c.router.evidence_parts)

@@ -139,6 +139,28 @@ def path_mean(
     return judged(total_BTE, number_BT, evidence)
 
 
+def gathered(
+    logits_BTE: jax.Array,
+    sum_BE: jax.Array | None,
+    evidence: float,
+    *,
+    segments_BT: jax.Array,
+    length_B: jax.Array | None,
+    follows_BTS: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """What every token's document so far says: `document_mean`, or `path_mean` where it branches.
+
+    Returns:
+      [B, T, E], and the running state after the last token, which branches leave as it was.
+    """
+    count_B = None if length_B is None else length_B.astype(jnp.float32)
+    if follows_BTS is None:
+        mean_BTE, sum_BE, _ = document_mean(logits_BTE, segments_BT, sum_BE, count_B, evidence)
+        return mean_BTE, sum_BE
+    assert sum_BE is not None and count_B is not None  # branches stand after a cached row
+    return path_mean(logits_BTE, follows_BTS, sum_BE, count_B, evidence), sum_BE
+
+
 def route(
     logits_BTE: jax.Array,
     n_active: int,

@@ -103,9 +103,10 @@ def test_public_text_is_what_any_of_its_corpora_is():
     V = c.vocab_size
     parts, own = np.zeros((2, V), np.float32), np.zeros((1, 2, V), np.float32)
     parts[0, 0], parts[1, 1], own[0, 1, 2] = 5.0, 4.0, 3.0
+    where = {"length_B": None, "follows_BTS": None}
     made, gathered = evidence.of_documents(
         c, {"evidence": parts}, ({"evidence": own},), jnp.array([[0, 1, 2]]),
-        segments_BT=jnp.array([[1, 2, 3]]),
+        segments_BT=jnp.array([[1, 2, 3]]), **where,
     )  # fmt: skip
     want = [[np.log((np.exp(5) + 1) / 2), 0], [np.log((np.exp(4) + 1) / 2), 0], [0, 3]]
     np.testing.assert_allclose(made[0], want, rtol=1e-5)
@@ -113,7 +114,7 @@ def test_public_text_is_what_any_of_its_corpora_is():
     # A document of half of each is no more public than a mean of its odds.
     made, _ = evidence.of_documents(
         c, {"evidence": parts}, ({"evidence": own},), jnp.array([[0, 1]]),
-        segments_BT=jnp.ones((1, 2), jnp.int32),
+        segments_BT=jnp.ones((1, 2), jnp.int32), **where,
     )  # fmt: skip
     np.testing.assert_allclose(made[0, 1, 0], np.log((np.exp(5) + np.exp(4)) / 2), rtol=1e-5)
 
