@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     domains = a.domains.split("+")
     if a.context == "token":
         router, adapters = {**router, **common.NO_EVIDENCE}, {}
-    elif router.get("evidence"):  # A table of each corpus, of which one alone says nothing.
+    elif router.get("evidence"):  # One corpus has nothing to be told from.
         router["evidence_parts"] = len(domains) if len(domains) > 1 else 0
     config = common.base("anchor", a.size)
     # What experts may hold is agreed with the anchor.

@@ -47,7 +47,7 @@ class RouterConfig:
       evidence: above 0, a document's logits are summed instead of averaged until they are worth
         this many tokens, and every expert brings a table of what each token says (see
         `flexolmo_jax.evidence`); needs context "document".
-      evidence_parts: public corpora with a table each in the anchor, or 0; needs evidence.
+      evidence_parts: public corpora that the anchor tells apart, or 0; needs evidence.
     """
 
     context: Literal["token", "document"] = "token"
@@ -67,7 +67,7 @@ class RouterConfig:
             )
         if self.evidence_parts and (self.evidence_parts < 2 or not self.evidence):
             raise ConfigError(
-                "Tables of public corpora are evidence, and one alone says nothing",
+                "Public corpora are told apart by evidence, and from one another",
                 got=f"evidence={self.evidence:g}, evidence_parts={self.evidence_parts}",
             )
 

@@ -7,8 +7,9 @@ than public text, as a log ratio. A document's evidence for an owner is the sum 
 hidden states tell little, and these are the documents where an expert helps most.
 
 Public text is not of one kind: an encyclopedia has more of the words of news than public text has
-on average, and would be taken for news. So the anchor may hold a table of each of its corpora
-against all of them, and a document is as public as the mean of its odds under them.
+on average, and would be taken for news. So the anchor may say how often each token stands in each
+of its corpora, and a document is as public as the mean of its odds under them. Owners are measured
+against what the anchor says then, whatever public text they have themselves.
 
 A table is made of one owner's text and public text alone, and belongs to the slice: denying an
 owner leaves every other owner's evidence as it is, bit for bit. Seldom tokens hardly show in it.
@@ -25,7 +26,8 @@ import numpy as np
 from flexolmo_jax import router
 from flexolmo_jax.config import ModelConfig
 
-# Of a group, [1, slots, V], and of the shared weights, [corpora of public text, V].
+# Of a group, [1, slots, V]: `table` of each slot. Of the shared weights, [P, V]: `log_share` of
+# each public corpus.
 LEAF = "evidence"
 # Added to every count: a token seen fewer times than this on both sides says next to nothing.
 SMOOTHING = 10.0
@@ -42,10 +44,16 @@ def shapes(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 
 def shared_shapes(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """The same of the shared weights: a table of each public corpus."""
+    """The same of the shared weights: each public corpus."""
     if not c.router.evidence_parts:
         return {}
     return {LEAF: ((c.router.evidence_parts, c.vocab_size), ("part", "vocab"))}
+
+
+def log_share(count_V: np.ndarray) -> np.ndarray:
+    """Log [V] of the share that each token has of a text, float64; every count is smoothed."""
+    smooth_V = count_V.astype(np.float64) + SMOOTHING
+    return np.log(smooth_V) - math.log(smooth_V.sum())
 
 
 def table(own_V: np.ndarray, public_V: np.ndarray) -> np.ndarray:
@@ -54,15 +62,14 @@ def table(own_V: np.ndarray, public_V: np.ndarray) -> np.ndarray:
     At most `LIMIT` to either side.
 
     Args:
-      own_V, public_V: token counts.
+      own_V, public_V: of `log_share`, or of `public`.
     """
+    return np.clip(own_V - public_V, -LIMIT, LIMIT).astype(np.float32)
 
-    def log_share(count_V: np.ndarray) -> np.ndarray:
-        smooth_V = count_V.astype(np.float64) + SMOOTHING
-        return np.log(smooth_V) - math.log(smooth_V.sum())
 
-    ratio_V = log_share(own_V) - log_share(public_V)
-    return np.clip(ratio_V, -LIMIT, LIMIT).astype(np.float32)
+def public(parts_PV: jax.Array | np.ndarray) -> jax.Array:
+    """`log_share` [V] of all public corpora together: each counts alike, however long it is."""
+    return jax.nn.logsumexp(parts_PV, axis=0) - math.log(len(parts_PV))
 
 
 def init_sum(c: ModelConfig, rows: int) -> jax.Array | None:
@@ -99,7 +106,8 @@ def of_documents(
         slots_BTE = jnp.where(jnp.any(allowed_BE, axis=0), slots_BTE, 0)
     says_BTX = slots_BTE
     if c.router.evidence_parts:
-        says_BTX = jnp.concatenate([slots_BTE, _looked_up(shared[LEAF], tokens_BT)], axis=-1)
+        ratio_PV = jnp.clip(shared[LEAF] - public(shared[LEAF]), -LIMIT, LIMIT)
+        says_BTX = jnp.concatenate([slots_BTE, _looked_up(ratio_PV, tokens_BT)], axis=-1)
     judged_BTX, sum_BX = router.gathered(says_BTX, sum_BX, c.router.evidence, **documents)
     evidence_BTE, parts_BTP = judged_BTX[..., :n_slots], judged_BTX[..., n_slots:]
     if c.router.evidence_parts:

@@ -22,20 +22,24 @@ def texts(tmp_path_factory):
     return toy.texts(tmp_path_factory.mktemp("texts"))
 
 
+def ratio(own_V, public_V):
+    return evidence.table(evidence.log_share(own_V), evidence.log_share(public_V))
+
+
 # Broken once by swapping the two sides, and by smoothing the own side only.
 def test_a_table_is_a_smoothed_log_ratio():
     own, public = np.array([90, 0, 0, 10]), np.array([0, 0, 190, 10])
     want = np.log(np.array([100, 10, 10, 20]) / 140) - np.log(np.array([10, 10, 200, 20]) / 240)
-    made = evidence.table(own, public)
+    made = ratio(own, public)
     assert made.dtype == np.float32
     np.testing.assert_allclose(made, want, rtol=1e-6)
-    np.testing.assert_array_equal(evidence.table(own, own), 0)
+    np.testing.assert_array_equal(ratio(own, own), 0)
     # However often a token stands on one side alone, it says so much and no more.
-    far = evidence.table(np.array([10**6, 0]), np.array([0, 10**6]))
+    far = ratio(np.array([10**6, 0]), np.array([0, 10**6]))
     np.testing.assert_array_equal(far, [evidence.LIMIT, -evidence.LIMIT])
     # One occurrence in a long text hardly shows: it is a tenth of what smoothing adds.
     once = np.array([10**6, 1, 0, 0]), np.array([10**6, 0, 0, 0])
-    np.testing.assert_allclose(evidence.table(*once)[1], np.log(1.1), atol=1e-4)
+    np.testing.assert_allclose(ratio(*once)[1], np.log(1.1), atol=1e-4)
 
 
 def test_tables_are_counted_from_both_texts_and_no_other(texts):
@@ -45,7 +49,12 @@ def test_tables_are_counted_from_both_texts_and_no_other(texts):
         opened = shards.open_shards(path)
         counts.append(np.bincount(opened.tokens(0, opened.n_tokens), minlength=c.vocab_size))
     made = router_init.evidence_table(run_config(texts), c)
-    np.testing.assert_array_equal(made, evidence.table(*counts)[None, None])
+    np.testing.assert_array_equal(made, ratio(*counts)[None, None])
+    # An anchor that tells public corpora apart is the ruler, whatever public text the owner has.
+    parts = np.log(np.random.default_rng(0).dirichlet(np.ones(c.vocab_size), 2))
+    made = router_init.evidence_table(run_config(texts), c, parts)
+    want = evidence.table(evidence.log_share(counts[0]), np.log(np.exp(parts).mean(0)))
+    np.testing.assert_allclose(made[0, 0], want, atol=1e-5)
     only = DataConfig(sources=run_config(texts).data.sources[:1], seq_len=16)
     with pytest.raises(ConfigError, match="evidence compares text of the owner with public text"):
         router_init.evidence_table(run_config(texts, data=only), c)
@@ -101,42 +110,52 @@ def test_public_text_is_what_any_of_its_corpora_is():
     """Three documents: of one corpus, of the other, and of an owner; tables far apart."""
     c = toy.config(router=RouterConfig("document", evidence=1e9, evidence_parts=2), n_slots=2)
     V = c.vocab_size
-    parts, own = np.zeros((2, V), np.float32), np.zeros((1, 2, V), np.float32)
-    parts[0, 0], parts[1, 1], own[0, 1, 2] = 5.0, 4.0, 3.0
+    # Shares of each token in two corpora: one has more of token 0, the other of token 1.
+    shares, own = np.full((2, V), 0.25), np.zeros((1, 2, V), np.float32)
+    shares[:, :2], own[0, 1, 2] = [[0.35, 0.05], [0.15, 0.45]], 3.0
+    parts = np.log(shares).astype(np.float32)
     where = {"length_B": None, "follows_BTS": None}
     made, gathered = evidence.of_documents(
         c, {"evidence": parts}, ({"evidence": own},), jnp.array([[0, 1, 2]]),
         segments_BT=jnp.array([[1, 2, 3]]), **where,
     )  # fmt: skip
-    want = [[np.log((np.exp(5) + 1) / 2), 0], [np.log((np.exp(4) + 1) / 2), 0], [0, 3]]
-    np.testing.assert_allclose(made[0], want, rtol=1e-5)
-    np.testing.assert_array_equal(gathered, [[0, 3, 0, 0]])  # of the last document
-    # A document of half of each is no more public than a mean of its odds.
+    # Against both together the odds of one token are 1 on average: those of three are not.
+    np.testing.assert_allclose(made[0], [[0, 0], [0, 0], [0, 3]], atol=1e-5)
+    np.testing.assert_allclose(gathered, [[0, 3, 0, 0]], atol=1e-6)  # of the last document
     made, _ = evidence.of_documents(
-        c, {"evidence": parts}, ({"evidence": own},), jnp.array([[0, 1]]),
-        segments_BT=jnp.ones((1, 2), jnp.int32), **where,
+        c, {"evidence": parts}, ({"evidence": own},), jnp.array([[0, 0, 0, 1]]),
+        segments_BT=jnp.array([[1, 1, 1, 2]]), **where,
     )  # fmt: skip
-    np.testing.assert_allclose(made[0, 1, 0], np.log((np.exp(5) + np.exp(4)) / 2), rtol=1e-5)
+    odds = shares[:, 0] / shares[:, 0].mean()
+    np.testing.assert_allclose(made[0, 2, 0], np.log(np.mean(odds**3)), rtol=1e-5)
+    # However seldom a token is in a corpus, it says `LIMIT` against it and no more.
+    parts[0, 1] = -100.0
+    made, _ = evidence.of_documents(
+        c, {"evidence": parts}, ({"evidence": own},), jnp.array([[1]]),
+        segments_BT=jnp.ones((1, 1), jnp.int32), **where,
+    )  # fmt: skip
+    least = np.mean([np.exp(-evidence.LIMIT), 2.0])
+    np.testing.assert_allclose(made[0, 0, 0], np.log(least), rtol=1e-5)
 
 
-def test_each_public_corpus_has_its_table_in_the_anchor(texts):
-    """Mutation: tables against the other corpora in place of all of them."""
+def test_an_anchor_counts_each_of_its_corpora(texts):
     router_ = RouterConfig("document", evidence=4.0, evidence_parts=2)
     c = toy.config(vocab_size=texts.vocab_size, router=router_)
     own, public = run_config(texts).data.sources
     both = DataConfig(sources=(dataclasses.replace(own, public=True), public), seq_len=16)
     made = router_init.public_parts(run_config(texts, data=both), c)[evidence.LEAF]
     counts = [router_init._counts([s], texts.vocab_size) for s in both.sources]
-    np.testing.assert_array_equal(made, [evidence.table(x, sum(counts)) for x in counts])
-    with pytest.raises(ConfigError, match=r"1 public source\(s\), 2 table\(s\)"):
+    want = np.array([evidence.log_share(x) for x in counts], np.float32)
+    np.testing.assert_array_equal(made, want)
+    with pytest.raises(ConfigError, match=r"1 public source\(s\), evidence_parts=2"):
         router_init.public_parts(run_config(texts), c)
     plain = toy.config(router=RouterConfig("document", evidence=4.0))
     assert router_init.public_parts(run_config(texts), plain) == {}
 
 
 @pytest.mark.parametrize("asked", [{"evidence_parts": 2}, {"evidence": 4.0, "evidence_parts": 1}])
-def test_one_table_alone_says_nothing(asked):
-    with pytest.raises(ConfigError, match="one alone says nothing"):
+def test_a_corpus_is_told_from_another(asked):
+    with pytest.raises(ConfigError, match="told apart by evidence"):
         RouterConfig("document", **asked)
 
 

@@ -417,7 +417,7 @@ def test_an_expert_of_more_than_ffns_goes_all_the_way(texts, tmp_path):
         adapters=AdapterConfig(2, 2, True),
         router=RouterConfig("document", evidence=4.0, evidence_parts=2),
     )
-    with pytest.raises(ConfigError, match=r"1 public source\(s\), 2 table\(s\)"):
+    with pytest.raises(ConfigError, match=r"1 public source\(s\), evidence_parts=2"):
         train.fit(anchor_config(texts, model=agreed), tmp_path / "run")
     config = anchor_config(texts, model=agreed)
     sources = tuple(SourceConfig(str(path), public=True) for path in (texts.own, texts.public))
@@ -425,7 +425,7 @@ def test_an_expert_of_more_than_ffns_goes_all_the_way(texts, tmp_path):
     train.fit(config, tmp_path / "run")
     package.package(tmp_path / "run", tmp_path / "anchor")
     info, params, _ = model_dir.load_model(tmp_path / "anchor")
-    # A table of each public corpus, counted when training was over.
+    # Each public corpus, counted when training was over.
     parts = router_init.public_parts(config, info.config)[evidence.LEAF]
     np.testing.assert_array_equal(params["shared"][evidence.LEAF], parts)
     assert not any(np.any(params["experts"][n]) for n in (*adapters.LEAVES, evidence.LEAF))
@@ -437,7 +437,8 @@ def test_an_expert_of_more_than_ffns_goes_all_the_way(texts, tmp_path):
     package.package(tmp_path / "w", tmp_path / "slice")
     # The table is counted, and training leaves it alone.
     table = slices.read_slice(tmp_path / "slice")[1][evidence.LEAF]
-    np.testing.assert_array_equal(table[:, None], router_init.evidence_table(config, info.config))
+    counted = router_init.evidence_table(config, info.config, parts)
+    np.testing.assert_array_equal(table[:, None], counted)
     assert np.any(table)
     stitch.execute(stitch.plan(tmp_path / "anchor", [tmp_path / "slice"]), tmp_path / "model")
     stitched, both, _ = model_dir.load_model(tmp_path / "model")

@@ -95,20 +95,30 @@ def _expert_row(config: RunConfig, c: ModelConfig, anchor: tree.Tree) -> np.ndar
     return _scaled(rows_LD * np.minimum(1.0, MAX_MEAN_LOGIT / size_L1), init.norm)
 
 
-def evidence_table(config: RunConfig, c: ModelConfig) -> np.ndarray:
+def evidence_table(
+    config: RunConfig, c: ModelConfig, parts_PV: np.ndarray | None = None
+) -> np.ndarray:
     """What each token says of whose text it stands in, [1, 1, V] as a group holds it.
+
+    Args:
+      parts_PV: what the anchor says of public text; without it the public sources are counted.
 
     Raises:
       ConfigError: text of one side only.
     """
     with distributed.together("counting tokens"):
         own, public = _sources(config, "A table of evidence compares")
-        table_V = evidence.table(_counts(own, c.vocab_size), _counts(public, c.vocab_size))
+
+        def log_share(side: list[SourceConfig]) -> np.ndarray:
+            return evidence.log_share(_counts(side, c.vocab_size))
+
+        base_V = log_share(public) if parts_PV is None else np.asarray(evidence.public(parts_PV))
+        table_V = evidence.table(log_share(own), base_V)
     return distributed.array_from_first(table_V[None, None])
 
 
 def public_parts(config: RunConfig, c: ModelConfig) -> dict[str, np.ndarray]:
-    """The shared leaf that holds a table of each public corpus, [P, V], where the anchor has any.
+    """The shared leaf that tells public corpora apart, [P, V], where the anchor does.
 
     Set once when the anchor is finished, as the public row is.
     """
@@ -117,9 +127,9 @@ def public_parts(config: RunConfig, c: ModelConfig) -> dict[str, np.ndarray]:
         return {}
     public = _public(config.data.sources)
     with distributed.together("counting tokens"):
-        counts_PV = np.stack([_counts([source], c.vocab_size) for source in public])
-        made_PV = np.stack([evidence.table(own_V, counts_PV.sum(0)) for own_V in counts_PV])
-    return {evidence.LEAF: distributed.array_from_first(made_PV)}
+        counts = [_counts([source], c.vocab_size) for source in public]
+        made_PV = np.stack([evidence.log_share(count_V) for count_V in counts])
+    return {evidence.LEAF: distributed.array_from_first(made_PV.astype(np.float32))}
 
 
 def check_parts(config: RunConfig, c: ModelConfig) -> None:
@@ -131,8 +141,8 @@ def check_parts(config: RunConfig, c: ModelConfig) -> None:
     public = len(_public(config.data.sources))
     if c.router.evidence_parts not in (0, public):
         raise ConfigError(
-            "Every public corpus has a table of evidence of its own",
-            got=f"{public} public source(s), {c.router.evidence_parts} table(s)",
+            "The anchor tells as many public corpora apart as it is trained on",
+            got=f"{public} public source(s), evidence_parts={c.router.evidence_parts}",
             where="config.model.router.evidence_parts",
             fix="set it to the number of sources with public=True, or to 0 if there is only one",
         )

@@ -22,7 +22,7 @@ class Recipe:
       rows_of: the recipe whose finished experts it takes, with rows that each owner tunes alone
         afterwards; what trains an expert is then that recipe's.
       evidence: `RouterConfig.evidence`.
-      parts: whether each public corpus has a table of evidence in the anchor.
+      parts: whether the anchor tells public corpora apart by evidence.
       tuned: tune the router afterwards as the paper does, on proxies and public text.
       says: what it is, for tables.
     """

@@ -148,8 +148,9 @@ def evidence(config, params, tokens, segments):
         for e in range(len(tables)):
             out[t, e] = tables[e][seen].sum() * share
         if config.router.evidence_parts:
-            odds = [np.exp(part[seen].sum() * share) for part in params["shared"]["evidence"]]
-            out[t, 0] += np.log(np.mean(odds))
+            corpora = np.exp(np.asarray(params["shared"]["evidence"], np.float64))
+            says = [np.clip(np.log(c / corpora.mean(axis=0)), -3, 3)[seen] for c in corpora]
+            out[t, 0] += np.log(np.mean([np.exp(s.sum() * share) for s in says]))
     return out
 
 
