@@ -144,7 +144,7 @@ class ModelConfig:
             )
         if self.d_head % 2:
             raise ConfigError(
-                "RoPE rotates pairs: d_head must be even", got=self.d_head, where="ModelConfig"
+                "RoPE rotates pairs: d_head must be even", got=self.d_head, where="d_head"
             )
         if self.n_active > self.n_slots:
             raise ConfigError(

@@ -140,7 +140,8 @@ def training(workdir: Path, name: str) -> dict[str, Any]:
     trained = TRAINED["anchor"] if name == "anchor" else learnt(leaves)
     shapes = [leaves[leaf]["shape"] for leaf in trained]
     if name == "anchor":
-        shapes += [leaf["shape"] for leaf in info.content["shared"].values()]
+        shared = info.content["shared"]
+        shapes += [shared[leaf]["shape"] for leaf in learnt(shared)]
     count = sum(int(np.prod(shape)) for shape in shapes)
     return {"steps": summary["steps"], "tokens": summary["tokens"], "trained_parameters": count}
 

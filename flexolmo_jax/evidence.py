@@ -91,8 +91,9 @@ def of_documents(
     """Evidence for each slot in each token's document so far, [B, T, E] float32, in nats.
 
     Args:
-      sum_BX: what documents that began in earlier calls have gathered.
-      documents: where they stand in the rows, as `router.gathered` takes it.
+      sum_BX: what documents that began in earlier calls have gathered, for the X = E slots and P
+        public corpora.
+      documents: segments_BT, length_B and follows_BTS, as `router.gathered` takes them.
 
     Returns:
       the evidence, and what each row has gathered after its last token (unchanged for branches);

@@ -4,7 +4,8 @@
 Freezing is structural: the trainable and the frozen leaves are two trees, the gradient is taken
 of the first only, and the second has no optimizer state and no float32 copy.
 
-  anchor   trains every weight of a dense model; its router row and bias are not used yet.
+  anchor   trains every weight of a dense model; its router row and bias are not used yet, and
+           its tables of evidence are counted.
   expert   trains one expert (FFN stack, router rows, biases) beside the frozen anchor; its table
            of evidence is counted, not trained.
   rows     trains the router rows and biases of one finished expert beside the frozen anchor: no

@@ -55,6 +55,9 @@ def test_tables_are_counted_from_both_texts_and_no_other(texts):
     made = router_init.evidence_table(run_config(texts), c, parts)
     want = evidence.table(evidence.log_share(counts[0]), np.log(np.exp(parts).mean(0)))
     np.testing.assert_allclose(made[0, 0], want, atol=1e-5)
+    alone = DataConfig(sources=run_config(texts).data.sources[:1], seq_len=16)
+    again = router_init.evidence_table(run_config(texts, data=alone), c, parts)
+    np.testing.assert_array_equal(again, made)
     only = DataConfig(sources=run_config(texts).data.sources[:1], seq_len=16)
     with pytest.raises(ConfigError, match="evidence compares text of the owner with public text"):
         router_init.evidence_table(run_config(texts, data=only), c)
@@ -194,7 +197,7 @@ def test_auto_is_what_suits_the_anchor():
     beside = router_init.resolve(auto, c)
     assert (beside.method, beside.recalibrate) == ("zeros", True)
     effective = router.effective_bias(jnp.array([0.0, beside.bias]))
-    assert effective[1] == pytest.approx(-router_init.MARGIN)
+    assert effective[1] == pytest.approx(router_init.EVIDENCE_BIAS)
     given = RouterInitConfig(method="hidden_mean")
     assert router_init.resolve(given, c) is given
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from flexolmo_jax import tree as trees
 from flexolmo_jax.cli import main as cli
-from flexolmo_jax.config import RouterConfig
+from flexolmo_jax.config import AdapterConfig, RouterConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import RefusedError
 from flexolmo_jax.experts import leafio, model_dir
@@ -328,6 +328,21 @@ def test_a_model_of_both_dtypes_is_written_in_float32_exactly(tmp_path):
     up = tensors(tmp_path / "hf")["model.layers.1.mlp.up_proj.weight"]
     assert up.dtype == np.float32
     assert (up == public["w_up"][1].T.astype(np.float32)).all()
+
+
+def test_a_dense_model_is_exported_without_what_its_experts_would_need(tmp_path):
+    """Mutation: evidence left in the router of the file, which then has no table for it."""
+    router = RouterConfig("document", evidence=4.0, evidence_parts=2)
+    c = class_config("Olmo2ForCausalLM").replace(router=router, adapters=AdapterConfig(head=2))
+    info = make_anchor(tmp_path / "anchor", c)
+    result = export(info.path, tmp_path / "hf")
+    assert not result["complete"] and "tables of evidence" in " ".join(result["notes"])
+    hf_import.import_hf(tmp_path / "hf", tmp_path / "back")
+    back, params, _ = model_dir.load_model(tmp_path / "back")
+    assert back.config == c.replace(router=RouterConfig("document"), adapters=AdapterConfig())
+    _, whole, _ = model_dir.load_model(info.path)
+    shared = {n: leaf for n, leaf in whole["shared"].items() if n != "evidence"}
+    assert trees.digests(params["shared"]) == trees.digests(shared)
 
 
 def test_our_key_says_where_the_model_comes_from(flex):

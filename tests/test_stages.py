@@ -175,10 +175,11 @@ def test_frozen_leaves_have_the_dtype_they_are_used_in():
 @pytest.mark.parametrize("make", [programs.evaluation, programs.prefill, programs.decode])
 def test_programs_of_a_finished_model_compile_on_a_mesh(make):
     grid = mesh.make_mesh(2, 2, 2)
-    program = make(toy.CONFIG, ExecConfig(compute_dtype="float32"), grid, rows=8, seq_len=32)
+    c = toy.config(router=RouterConfig("document", evidence=4.0, evidence_parts=2))
+    program = make(c, ExecConfig(compute_dtype="float32"), grid, rows=8, seq_len=32)
     assert program.lower().compile().memory_analysis() is not None
     assert program.tokens == (8 if program.stage == "decode" else 8 * 32)
-    assert program.model_flops == program.tokens * stages.flops_per_token(toy.CONFIG, "eval", 32)
+    assert program.model_flops == program.tokens * stages.flops_per_token(c, "eval", 32)
 
 
 def test_rows_that_do_not_divide_are_refused():

@@ -272,6 +272,7 @@ def test_training_flops():
         for name in (
             "anchor",
             "ours",
+            "paper",
             "paper-tuned",
             "paper-uncoordinated",
             "soup",
@@ -285,7 +286,7 @@ def test_training_flops():
     each = stages.flops_per_token(one, "anchor", STUDY.seq_len)
     assert flops["anchor"] == 0 and flops["dense-code"] == tokens * each
     assert flops["soup"] == owners * tokens * each < flops["btx"]
-    assert flops["paper-uncoordinated"] == flops["soup"]
+    assert flops["paper-uncoordinated"] == flops["paper"] + flops["soup"]
     assert flops["ours"] < flops["paper-tuned"]
     real = studies.get_study()
     config = ModelConfig(**common.sizes()["tiny"])

@@ -354,6 +354,28 @@ def test_a_dense_model_goes_on_from_an_anchor(texts, anchor, tmp_path):
     assert set(changed) == set(tree.flatten(start)) - frozen
 
 
+def test_going_on_leaves_what_was_counted_as_it_is(texts, tmp_path):
+    """Mutation: `stages.split` that trains all shared leaves: weight decay moves it."""
+    c = anchor_config(texts).model
+    c = c.replace(router=RouterConfig("document", evidence=4.0, evidence_parts=2))
+    params = toy.params(c)
+    public = slices.take_slot(params["experts"], 0)
+    made = model_dir.write_model(tmp_path / "a", c, params["shared"], public, texts.tokenizer)
+    data = DataConfig(sources=(SourceConfig(str(texts.own)),), seq_len=16, batch_rows=8)
+    optim = dataclasses.replace(OPTIM, weight_decay=0.1)
+    config = RunConfig(
+        stage="anchor",
+        anchor=str(made.path),
+        data=data,
+        optim=optim,
+        exec=anchor_config(texts).exec,
+    )
+    train.fit(config, tmp_path / "w")
+    ended = package.read_params(package.read_final(tmp_path / "w"))["shared"]
+    np.testing.assert_array_equal(ended[evidence.LEAF], params["shared"][evidence.LEAF])
+    assert (ended["final_norm"] != params["shared"]["final_norm"]).any()
+
+
 @pytest.mark.parametrize("stage", ["joint", "router"])
 def test_an_anchor_alone_is_no_mixture_to_go_on_with(texts, anchor, tmp_path, stage):
     data = DataConfig(sources=(SourceConfig(str(texts.own)),), seq_len=16, batch_rows=8)

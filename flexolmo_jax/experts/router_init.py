@@ -35,8 +35,9 @@ MAX_MEAN_LOGIT = 6.0
 # Weight of the discriminant beside the trained row, and what the effective biases are lowered
 # by (nats): chosen on the tuning text of seed 0 (LOG.md).
 RECALIBRATION, MARGIN = 0.25, 1.0
-# Beside tables of evidence: what is left of a trained row, and the margin (both as above).
-BESIDE_EVIDENCE, EVIDENCE_MARGIN = 0.5, 1.5
+# The same beside tables of evidence: what is left of a trained row, what biases are lowered by, and
+# the effective bias that training starts from.
+BESIDE_EVIDENCE, EVIDENCE_MARGIN, EVIDENCE_BIAS = 0.5, 1.5, -1.0
 # Every so many positions are kept: neighbours of a running mean say the same.
 STRIDE = 12
 KEPT = slice(STRIDE // 2, None, STRIDE)
@@ -50,7 +51,7 @@ def resolve(init: RouterInitConfig, c: ModelConfig) -> RouterInitConfig:
     if init.method != "auto":
         return init
     if c.router.evidence:
-        start = math.log(math.expm1(MARGIN))
+        start = math.log(math.expm1(-EVIDENCE_BIAS))
         return dataclasses.replace(init, method="zeros", bias=start, recalibrate=True)
     return dataclasses.replace(init, method="discriminant", recalibrate=True)
 
@@ -106,13 +107,17 @@ def evidence_table(
     Raises:
       ConfigError: text of one side only.
     """
+
+    def log_share(side: Sequence[SourceConfig]) -> np.ndarray:
+        return evidence.log_share(_counts(side, c.vocab_size))
+
     with distributed.together("counting tokens"):
-        own, public = _sources(config, "A table of evidence compares")
-
-        def log_share(side: list[SourceConfig]) -> np.ndarray:
-            return evidence.log_share(_counts(side, c.vocab_size))
-
-        base_V = log_share(public) if parts_PV is None else np.asarray(evidence.public(parts_PV))
+        if parts_PV is None:
+            own, public = _sources(config, "A table of evidence compares")
+            base_V = log_share(public)
+        else:
+            own = [s for s in config.data.sources if not s.public]
+            base_V = np.asarray(evidence.public(parts_PV))
         table_V = evidence.table(log_share(own), base_V)
     return distributed.array_from_first(table_V[None, None])
 

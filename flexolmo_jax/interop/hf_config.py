@@ -296,7 +296,9 @@ def _router(architecture: Architecture, raw: Mapping[str, Any]) -> RouterConfig:
     if not architecture.mixture:
         # What experts of this anchor will be trained with. Without the norm after a pre-norm
         # block, weights that do not sum to 1 would shrink its output.
-        return given or RouterConfig(renormalize=architecture.norm_placement == "pre")
+        if given:  # A file of this kind has no room for tables of evidence.
+            return dataclasses.replace(given, evidence=0.0, evidence_parts=0)
+        return RouterConfig(renormalize=architecture.norm_placement == "pre")
     found = RouterConfig(
         renormalize=architecture.renormalize == "always" or bool(raw.get("norm_topk_prob", False))
     )

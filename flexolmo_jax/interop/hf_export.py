@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax import tree as trees
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import AdapterConfig, ModelConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError, nearest
 from flexolmo_jax.experts import leafio, model_info, policy
@@ -63,7 +63,8 @@ class ExportPlan:
         """Whether the file holds the whole model, unchanged."""
         tables = [self.info.content["shared"], *(p.manifest["leaves"] for p in self.pieces)]
         dtypes = {entry["dtype"] for table in tables for entry in table.values()}
-        return self.config == self.info.config and dtypes == {self.dtype} and not self.biases
+        same = self.config == self.info.config and dtypes == {self.dtype}
+        return same and not (self.biases or _left_out(self.config))
 
 
 def plan(
@@ -186,8 +187,15 @@ def _dtype(
     return "float32" if "float32" in found else "bfloat16"
 
 
+def _left_out(config: ModelConfig) -> bool:
+    """Whether an anchor says more of its experts than a file for transformers can: it is dense."""
+    return bool(config.router.evidence) or config.adapters != AdapterConfig()
+
+
 def _notes(architecture: hf_config.Architecture, config: ModelConfig) -> Iterator[str]:
-    """Where vLLM's FlexOlmo computes something else than transformers."""
+    """What the file does not say, and where vLLM's FlexOlmo computes something else."""
+    if _left_out(config):
+        yield "what experts may hold beyond FFNs, and tables of evidence, are left out"
     if architecture.model_type != "flex_olmo":
         return
     if config.router.renormalize and config.n_active < config.n_slots:

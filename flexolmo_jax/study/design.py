@@ -76,8 +76,8 @@ class Study:
       owners: name to its text; every expert, and every dense model, has one owner.
       orders: name to an order in which owners join.
       together: owners who leave at once, at most.
-      brief: recipes are scored as they are, without biases, and as owners leave; else also with all
-        that can be made of their experts, and by active experts and owners who join.
+      brief: recipes are scored as they are, without biases, tuned, and as owners leave; else also
+        with all that can be made of their experts, and by active experts and owners who join.
       rivals: whether dense models, what is made of them, and unrestricted mixtures are trained.
       bytes: text per corpus: "public", "closed" (training), "heldout".
       steps: optimizer steps: "anchor", "owner" (each expert and each dense model), "router";

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax import adapters, inference, model, moe, stages, tree
-from flexolmo_jax.config import AdapterConfig, ModelConfig
+from flexolmo_jax.config import AdapterConfig, ModelConfig, RouterConfig
 from flexolmo_jax.data import shards
 from flexolmo_jax.experts import model_dir
 from flexolmo_jax.experts import slice as slices
@@ -181,14 +181,15 @@ def variants(j: Judge, name: str) -> dict[str, Method]:
         return Method(other.losses(j.heldout, k), k, out[""].chosen)
 
     out["-no-bias"] = changed(m.replace(group=weights.without_bias(m.group)))
+    if j.study.recipes[name].tuned:
+        out["-tuned"] = j.choose_active(j.trained_together(f"router-{name}", name))
     if j.study.brief:
         return out
     out["+fallback"] = j.choose_active(m.falling_back())
     out |= {f"-rank{rank}": changed(other) for rank, other in _low_rank(m)}
+    # What an expert adds beyond its FFN would not fit another FFN.
     if j.study.rivals and not adapters.size(m.config):
         out["-uncoordinated"] = j.choose_active(_uncoordinated(j, m))
-    if j.study.recipes[name].tuned:
-        out["-tuned"] = j.choose_active(j.trained_together(f"router-{name}", name))
     return out | {"+rate": _with_rate(j, m)}
 
 
@@ -306,10 +307,12 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
     if name.startswith("unrestricted"):
         steps = study.steps[name.replace("unrestricted", "union")]
         return steps * study.batch_rows * study.seq_len * cost("joint", 2)
-    if recipe and not name.endswith("-uncoordinated"):
+    if recipe:
+        # The FFNs of dense models, beside rows that were trained with others.
+        again = owners * tokens * cost("anchor") if name.endswith("-uncoordinated") else 0.0
         tuned = router_tokens * cost("router", 2) if name.endswith("-tuned") else 0.0
         after = owners * router_tokens * cost("rows") if study.recipes[recipe].rows_of else 0.0
-        return owners * tokens * cost("expert") + tuned + after
+        return owners * tokens * cost("expert") + tuned + after + again
     if name.startswith("dense-"):
         return tokens * cost("anchor")
     router = router_tokens * cost("router", 2) if name == "btx" else 0.0
@@ -317,8 +320,11 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
 
 
 def active_params(config: ModelConfig, method: Method, kind: str) -> int:
-    """Parameters that a token passes through, embeddings counted once per model."""
-    one = config.replace(n_slots=1, n_active=1, adapters=AdapterConfig())
+    """Parameters that a token passes through, embeddings counted once per model.
+
+    Tables of evidence are looked up, and rivals have none: they are not counted.
+    """
+    one = config.replace(n_slots=1, n_active=1, adapters=AdapterConfig(), router=RouterConfig())
     dense = tree.count(model.abstract_params(one))
     if kind == "dense":
         return dense * method.forward

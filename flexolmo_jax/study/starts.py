@@ -40,7 +40,7 @@ def agreed(anchor: Path, out: Path, recipe: Recipe, public: Sequence[Path]) -> m
         info.config.router,
         context=recipe.context,
         evidence=recipe.evidence,
-        evidence_parts=len(public) if recipe.parts else 0,
+        evidence_parts=len(public) if recipe.parts and len(public) > 1 else 0,
     )
     config = info.config.replace(router=router, adapters=recipe.adapters)
     run = RunConfig(
