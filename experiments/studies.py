@@ -9,9 +9,9 @@ Expect:  docs/results.md. 135m starts from SmolLM2-135M and answers benchmark qu
 
 Argument: suite, size (tiny, 60m, 135m), seeds, anchor (an existing one), quick.
 
-Suites: `main` trains the paper's recipe, ours, and every rival. `ablations` trains experts (and the
-router of the paper's) only: what each idea does on the way from the paper's recipe to ours, and the
-paper's own ablations. `held` is about what experts hold beyond FFNs and what their router reads.
+Suites: `main` trains the paper's recipe, ours, and every rival. `ablations` is what each idea does
+on the way from the paper's recipe to ours, and the paper's own ablations, without rivals. `held` is
+about what experts hold beyond FFNs and what their router reads.
 What leaving, other numbers of active experts and fewer owners do needs no training and is scored
 in every suite but `ablations`, which looks at one owner who leaves only; `opt-out` and
 `active-experts` are ours and the paper's recipe without rivals.

@@ -72,7 +72,7 @@ def test_every_suite_is_a_plan_whose_jobs_can_run(suite, size, tmp_path):
     recipes, owners = len(study.recipes), len(study.owners)
     trained = [j for j in ordered if j.name.startswith("train:")]
     tuned = sum(r.tuned for r in study.recipes.values())
-    rivals = owners + 4 if study.rivals else 0  # dense models, public, two unions, btx
+    rivals = 4 * study.rivals + owners * study.dense  # public, two unions, btx; dense models
     assert len(trained) == 2 * (recipes * owners + tuned + rivals) + (not study.imported)
     assert {j.name for j in ordered if j.name.startswith("judge")} == {"judge:s0", "judge:s1"}
     for job in trained:

@@ -146,6 +146,11 @@ class Study:
             )
 
     @property
+    def dense(self) -> bool:
+        """Whether owners train dense models too: rivals, and the ablation without coordination."""
+        return self.rivals or self.brief
+
+    @property
     def domains(self) -> tuple[str, ...]:
         """Every corpus, in the order of tables."""
         return (*self.public, *self.closed, *self.unseen)

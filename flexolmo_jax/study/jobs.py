@@ -150,8 +150,9 @@ class _Maker:
     def seed(self, seed: int) -> list[Job]:
         """Every training, model and score of one seed."""
         trained = [job for recipe in self.study.recipes for job in self._experts(recipe, seed)]
-        if self.study.rivals:
+        if self.study.dense:
             trained += [self._dense(o, (self.at.own(o),), seed) for o in self.study.owners]
+        if self.study.rivals:
             public = tuple(self.at.data(d, "train").parent for d in self.study.public)
             trained.append(self._dense("public", public, seed))
             trained += [self._union(name, seed) for name in UNIONS]

@@ -183,13 +183,12 @@ def variants(j: Judge, name: str) -> dict[str, Method]:
     out["-no-bias"] = changed(m.replace(group=weights.without_bias(m.group)))
     if j.study.recipes[name].tuned:
         out["-tuned"] = j.choose_active(j.trained_together(f"router-{name}", name))
+        if j.study.dense:
+            out["-uncoordinated"] = j.choose_active(_uncoordinated(j, m))
     if j.study.brief:
         return out
     out["+fallback"] = j.choose_active(m.falling_back())
     out |= {f"-rank{rank}": changed(other) for rank, other in _low_rank(m)}
-    # What an expert adds beyond its FFN would not fit another FFN.
-    if j.study.rivals and not adapters.size(m.config):
-        out["-uncoordinated"] = j.choose_active(_uncoordinated(j, m))
     return out | {"+rate": _with_rate(j, m)}
 
 
