@@ -69,6 +69,8 @@ class RouterConfig:
             raise ConfigError(
                 "Public corpora are told apart by evidence, and from one another",
                 got=f"evidence={self.evidence:g}, evidence_parts={self.evidence_parts}",
+                where="RouterConfig.evidence_parts",
+                fix="set it to 0, or to 2 corpora or more beside evidence",
             )
 
 
@@ -140,7 +142,6 @@ class ModelConfig:
             raise ConfigError(
                 "n_heads must be a multiple of n_kv_heads",
                 got=f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}",
-                where="ModelConfig.n_kv_heads",
             )
         if self.d_head % 2:
             raise ConfigError(
@@ -150,7 +151,6 @@ class ModelConfig:
             raise ConfigError(
                 "More active experts than slots",
                 got=f"n_active={self.n_active}, n_slots={self.n_slots}",
-                where="ModelConfig.n_active",
                 fix="lower n_active or raise n_slots",
             )
 
