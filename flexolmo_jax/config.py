@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen configuration of a model and of one training job.
 
-`ml_collections` dicts stop at the launch boundary: `from_dict` turns one into these dataclasses,
-strictly, and the rest of the package sees only these. `ModelConfig` is the identity of a model (it
-is digested and shipped with it); `ExecConfig` is how a machine computes it and may differ per run.
+`ml_collections` dicts stop at the launch boundary: `typed.from_dict` turns one into these
+dataclasses, strictly, and the rest of the package sees only these. `ModelConfig` is the identity of
+a model (it is digested and shipped with it); `ExecConfig` is how a machine computes it and may
+differ per run.
 """
 
 import dataclasses
@@ -11,14 +12,10 @@ import functools
 import math
 import operator
 import re
-import types
-import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from flexolmo_jax.errors import ConfigError, nearest
+from flexolmo_jax.errors import ConfigError
 
-T = TypeVar("T")
 # An expert's name is a folder's name, a key and an option's value.
 EXPERT_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -72,6 +69,10 @@ class RouterConfig:
                 where="RouterConfig.evidence_parts",
                 fix="set it to 0, or to 2 corpora or more beside evidence",
             )
+
+    def without_evidence(self) -> "RouterConfig":
+        """The same router with nothing to look up."""
+        return dataclasses.replace(self, evidence=0.0, evidence_parts=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +143,19 @@ class ModelConfig:
             raise ConfigError(
                 "n_heads must be a multiple of n_kv_heads",
                 got=f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}",
+                where="ModelConfig.n_kv_heads",
             )
         if self.d_head % 2:
             raise ConfigError(
-                "RoPE rotates pairs: d_head must be even", got=self.d_head, where="d_head"
+                "RoPE rotates pairs: d_head must be even",
+                got=self.d_head,
+                where="ModelConfig.d_head",
             )
         if self.n_active > self.n_slots:
             raise ConfigError(
                 "More active experts than slots",
                 got=f"n_active={self.n_active}, n_slots={self.n_slots}",
+                where="ModelConfig.n_active",
                 fix="lower n_active or raise n_slots",
             )
 
@@ -437,64 +442,3 @@ class RunConfig:
                 "it must not set its own",
                 where="RunConfig.model",
             )
-
-
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """Builds the dataclass `cls` from a nested mapping, refusing unknown keys and wrong types.
-
-    Raises:
-      ConfigError: names the key path, what was given and the nearest valid key.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields:
-            raise ConfigError(
-                "Unknown configuration key", got=key, where=where, fix=nearest(key, fields)
-            )
-    kwargs = {k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()}
-    for name, field in fields.items():
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        if required and name not in kwargs:
-            raise ConfigError("A configuration key is missing", where=f"{where}.{name}")
-    return cls(**kwargs)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`, or a ConfigError."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        (inner,) = [a for a in typing.get_args(hint) if a is not type(None)]
-        return _convert(inner, value, where)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
-        if isinstance(value, Mapping) or hasattr(value, "items"):
-            return from_dict(hint, dict(value.items()), where)
-    elif origin is tuple:
-        inner = typing.get_args(hint)[0]
-        if isinstance(value, list | tuple):
-            return tuple(_convert(inner, v, f"{where}[{i}]") for i, v in enumerate(value))
-    elif origin is Mapping:
-        inner = typing.get_args(hint)[1]
-        if isinstance(value, Mapping):
-            return {k: _convert(inner, v, f"{where}.{k}") for k, v in value.items()}
-    elif origin is Literal:
-        if value in typing.get_args(hint):
-            return value
-        raise ConfigError(
-            "Not one of the allowed values",
-            got=value,
-            where=where,
-            fix=nearest(str(value), [str(a) for a in typing.get_args(hint)]),
-        )
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    name = getattr(hint, "__name__", str(hint))
-    raise ConfigError("Wrong type", got=f"{value!r}", expected=name, where=where)

@@ -10,8 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from flexolmo_jax.config import RunConfig, from_dict
+from flexolmo_jax.config import RunConfig
 from flexolmo_jax.errors import ConfigError, nearest
+from flexolmo_jax.typed import from_dict
 
 PREFIX = "--config."
 
@@ -118,7 +119,7 @@ def _replace(node: Any, path: list[str], text: str, where: str) -> Any:
 def parse_value(text: str, like: Any) -> Any:
     """Reads `text` as a Python literal, or as it stands where the value replaced is a string.
 
-    Whether the type fits is for `config.from_dict` to say, which knows the declared one.
+    Whether the type fits is for `typed.from_dict` to say, which knows the declared one.
     """
     if isinstance(like, str):
         return text

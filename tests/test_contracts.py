@@ -34,7 +34,7 @@ SCRIPTS += sorted(PACKAGE.rglob("*.html"))
 # is placed here first.
 LEVELS = (
     ("errors",),
-    ("tree",),
+    ("tree", "typed"),
     ("distributed",),
     ("config", "mesh", "files", "assets", "results"),
     ("storage",),
@@ -82,7 +82,7 @@ LEVELS = (
 # Stricter than the levels.
 ONLY = {
     "interop": {
-        *("errors", "tree", "config", "assets", "files", "checkpoint"),
+        *("errors", "tree", "typed", "config", "assets", "files", "checkpoint"),
         *("model", "data", "experts", "interop"),
     }
 }

@@ -20,7 +20,8 @@ from flexolmo_jax.errors import ConfigError, DataError
 WEIGHTS = (0.5, 0.3, 0.2)
 NEXT = """
 import hashlib, json, sys
-from flexolmo_jax.config import DataConfig, from_dict
+from flexolmo_jax.config import DataConfig
+from flexolmo_jax.typed import from_dict
 from flexolmo_jax.data.loader import train_loader
 config, state, steps = json.loads(sys.argv[1])
 data = from_dict(DataConfig, config)

@@ -11,10 +11,11 @@ import toy
 from test_router_init import run_config
 
 from flexolmo_jax import evidence, model, router
-from flexolmo_jax.config import DataConfig, ModelConfig, RouterConfig, RouterInitConfig, from_dict
+from flexolmo_jax.config import DataConfig, ModelConfig, RouterConfig, RouterInitConfig
 from flexolmo_jax.data import shards
 from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.experts import router_init
+from flexolmo_jax.typed import from_dict
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,9 @@ from flexolmo_jax import (
     step,
     tree,
 )
-from flexolmo_jax.config import ExecConfig, ModelConfig, OptimConfig, RunConfig, from_dict
+from flexolmo_jax.config import ExecConfig, ModelConfig, OptimConfig, RunConfig
 from flexolmo_jax.errors import ConfigError
+from flexolmo_jax.typed import from_dict
 
 # Float32 sums in another order, as in tests/equality.
 TOLERANCE = 1e-5

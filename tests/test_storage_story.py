@@ -43,7 +43,8 @@ STEPS, DIES_AT = 4, 3
 DIE = """
 import json, os, sys
 from flexolmo_jax import train
-from flexolmo_jax.config import RunConfig, from_dict
+from flexolmo_jax.config import RunConfig
+from flexolmo_jax.typed import from_dict
 report = train.Loop._report
 def die(self, number, new):
     report(self, number, new)

@@ -190,8 +190,8 @@ def test_resumed_in_a_new_process_equals_uninterrupted(stage, texts, anchor, tmp
     script = (
         "import jax, os, sys, json\n"
         "jax.config.update('jax_num_cpu_devices', 8)\n"
-        "from flexolmo_jax import train, config\n"
-        "c = config.from_dict(config.RunConfig, json.loads(sys.argv[1]))\n"
+        "from flexolmo_jax import train, config, typed\n"
+        "c = typed.from_dict(config.RunConfig, json.loads(sys.argv[1]))\n"
         "if sys.argv[3] == 'die':\n"
         "    report = train.Loop._report\n"
         "    def die(self, number, new):\n"
@@ -221,8 +221,8 @@ def test_sigterm_saves_and_exits_75(texts, tmp_path):
     script = (
         "import sys, json, jax\n"
         "jax.config.update('jax_num_cpu_devices', 8)\n"
-        "from flexolmo_jax import train, config, errors\n"
-        "c = config.from_dict(config.RunConfig, json.loads(sys.argv[1]))\n"
+        "from flexolmo_jax import train, config, errors, typed\n"
+        "c = typed.from_dict(config.RunConfig, json.loads(sys.argv[1]))\n"
         "try:\n    train.fit(c, sys.argv[2])\n"
         "except errors.Preempted as e:\n    print(e); sys.exit(e.exit_code)\n"
     )

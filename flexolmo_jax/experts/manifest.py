@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax import tree as trees
-from flexolmo_jax.config import EXPERT_ID, ModelConfig, from_dict
+from flexolmo_jax.config import EXPERT_ID, ModelConfig
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError
 from flexolmo_jax.files import PART, write_text
+from flexolmo_jax.typed import from_dict
 
 NAME = "flexolmo.json"
 SCHEMA = 1

@@ -14,13 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.config import ModelConfig, RouterConfig, from_dict
+from flexolmo_jax.config import ModelConfig, RouterConfig
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.experts import model_dir, model_info, onepass
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import atomic_directory, list_files, require_space
 from flexolmo_jax.storage import cache
+from flexolmo_jax.typed import from_dict
 
 DEFAULT_ACTIVE = 2
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexolmo_jax import tree as trees
-from flexolmo_jax.config import AdapterConfig, ModelConfig, RouterConfig, from_dict
+from flexolmo_jax.config import AdapterConfig, ModelConfig, RouterConfig
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError, nearest
+from flexolmo_jax.typed import from_dict
 
 NAME = "config.json"
 EXTRA = "flexolmo"  # Our own key: transformers keeps unknown keys, others do not read them.
@@ -297,7 +298,7 @@ def _router(architecture: Architecture, raw: Mapping[str, Any]) -> RouterConfig:
         # What experts of this anchor will be trained with. Without the norm after a pre-norm
         # block, weights that do not sum to 1 would shrink its output.
         if given:  # A file of this kind has no room for tables of evidence.
-            return dataclasses.replace(given, evidence=0.0, evidence_parts=0)
+            return given.without_evidence()
         return RouterConfig(renormalize=architecture.norm_placement == "pre")
     found = RouterConfig(
         renormalize=architecture.renormalize == "always" or bool(raw.get("norm_topk_prob", False))

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.config import ModelConfig, RouterConfig, from_dict
+from flexolmo_jax.config import ModelConfig, RouterConfig
 from flexolmo_jax.errors import ConfigError, Problem, RefusedError
 from flexolmo_jax.interop import hf_config
+from flexolmo_jax.typed import from_dict
 
 NAME = hf_config.NAME
 # What a key may say: () is anything, since it is read below or changes no output. Keys that are

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax import configfile, programs, stages
-from flexolmo_jax.config import ExecConfig, ModelConfig, RunConfig, from_dict
+from flexolmo_jax.config import ExecConfig, ModelConfig, RunConfig
 from flexolmo_jax.errors import ConfigError, nearest
 from flexolmo_jax.pods import chips
 from flexolmo_jax.pods import compile as compiling
 from flexolmo_jax.pods.chips import Topology
 from flexolmo_jax.pods.process import Request
+from flexolmo_jax.typed import from_dict
 
 SERVING = {"eval": programs.evaluation, "prefill": programs.prefill, "decode": programs.decode}
 STAGES = (*stages.STAGES, *SERVING)

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from flexolmo_jax.config import EXPERT_ID, AdapterConfig, from_dict
+from flexolmo_jax.config import EXPERT_ID, AdapterConfig
 from flexolmo_jax.errors import ConfigError
+from flexolmo_jax.typed import from_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,11 @@ class Study:
     def dense(self) -> bool:
         """Whether owners train dense models too: rivals, and the ablation without coordination."""
         return self.rivals or self.brief
+
+    @property
+    def close(self) -> tuple[str, ...]:
+        """Variants of a recipe that are looked at closely: what they keep, and who leaves."""
+        return ("",) if self.brief else ("", "+fallback")
 
     @property
     def domains(self) -> tuple[str, ...]:

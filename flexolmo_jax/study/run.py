@@ -112,7 +112,7 @@ def collect(study: Study, scores: Sequence[summary.Scores]) -> dict[str, Any]:
         "against": {
             method: {
                 m: summary.difference(rows, m, method, "mean_all")
-                for m in ((ours,) if study.brief else (ours, f"{ours}+fallback"))
+                for m in (f"{ours}{variant}" for variant in study.close)
             }
             for method in methods
         },

@@ -79,9 +79,7 @@ def mixture(
       experts: id to slice, the public one included; router rows and biases in them are ignored.
     """
     info = model_info.read_info(anchor)
-    router = dataclasses.replace(
-        info.config.router, context="token", evidence=0.0, evidence_parts=0
-    )
+    router = dataclasses.replace(info.config.router.without_evidence(), context="token")
     config = info.config.replace(
         n_slots=len(experts), n_active=n_active, router=router, adapters=AdapterConfig()
     )

@@ -123,9 +123,8 @@ def opt_out(study: Study, found: Scores, recipe: str, kind: str) -> dict[str, An
 def recipe_facts(study: Study, scores: Sequence[Scores], recipe: str) -> dict[str, Any]:
     """Gains kept, public text against the anchor, and opt-out of a recipe, over seeds."""
     out: dict[str, Any] = {}
-    kinds = {"": "opt_out"} if study.brief else {"": "opt_out", "+fallback": "opt_out_fallback"}
-    for variant, kind in kinds.items():
-        method = f"{recipe}{variant}"
+    for variant in study.close:
+        method, kind = f"{recipe}{variant}", f"opt_out{variant.replace('+', '_')}"
         kept = [gain_kept(study, s, recipe, method) for s in scores]
         leaving = [opt_out(study, s, recipe, kind) for s in scores]
         counts = [key for key in leaving[0] if key != "exact"]

@@ -13,12 +13,13 @@ from interop_helpers import MIXTURES, TOKEN, config, make_anchor, make_model
 from flexolmo_jax import files
 from flexolmo_jax import tree as trees
 from flexolmo_jax.cli import main as cli
-from flexolmo_jax.config import ModelConfig, RouterConfig, from_dict
+from flexolmo_jax.config import ModelConfig, RouterConfig
 from flexolmo_jax.errors import ConfigError, MachineError, RefusedError
 from flexolmo_jax.experts import manifest, model_info
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.interop import hf_export
 from flexolmo_jax.interop import safetensors_writer as writer
+from flexolmo_jax.typed import from_dict
 
 
 @pytest.fixture(scope="module")
