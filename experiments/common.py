@@ -40,10 +40,11 @@ TINY_PUBLIC_SHARE = 0.25
 TINY_ROUTER = {
     "context": "document",
     "renormalize": False,
-    "evidence": 8.0,
+    "evidence": 32.0,
     "evidence_parts": len(PUBLIC),
+    "evidence_pairs": 1 << 16,
 }
-NO_EVIDENCE = {"evidence": 0.0, "evidence_parts": 0}
+NO_EVIDENCE = {"evidence": 0.0, "evidence_parts": 0, "evidence_pairs": 0}
 TINY_ADAPTERS = {"head": 64}
 TINY_ROUTER_INIT = {"method": "auto", "documents": 192}
 

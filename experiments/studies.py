@@ -41,7 +41,9 @@ _PAPER = (
 )
 _LABEL = ("optim.router_label_loss=1.0",)
 SHARE = common.TINY_PUBLIC_SHARE
-EVIDENCE = common.TINY_ROUTER["evidence"]
+# Single tokens depend on one another more than pairs do: a document of them is worth less.
+EVIDENCE, TOKENS_EVIDENCE = common.TINY_ROUTER["evidence"], 8.0
+PAIRS = common.TINY_ROUTER["evidence_pairs"]
 HEAD = AdapterConfig(**common.TINY_ADAPTERS)
 RECIPES = {
     "ours": Recipe(
@@ -50,10 +52,23 @@ RECIPES = {
         adapters=HEAD,
         evidence=EVIDENCE,
         parts=True,
+        pairs=PAIRS,
         says="the recipe of size tiny",
     ),
+    "tokens": Recipe(
+        "document",
+        SHARE,
+        adapters=HEAD,
+        evidence=TOKENS_EVIDENCE,
+        parts=True,
+        says="ours, evidence of single tokens",
+    ),
     "one-table": Recipe(
-        "document", SHARE, adapters=HEAD, evidence=EVIDENCE, says="ours, public text is of one kind"
+        "document",
+        SHARE,
+        adapters=HEAD,
+        evidence=TOKENS_EVIDENCE,
+        says="and public text is of one kind",
     ),
     "paper": Recipe(
         "token", 0.0, _PAPER, tuned=True, says="own text only, rows from document embeddings"
@@ -75,7 +90,12 @@ RECIPES = {
         "document", SHARE, says="and are fitted to the trained pair: hidden states alone"
     ),
     "ffn": Recipe(
-        "document", SHARE, evidence=EVIDENCE, parts=True, says="ours, experts of FFNs alone"
+        "document",
+        SHARE,
+        evidence=EVIDENCE,
+        parts=True,
+        pairs=PAIRS,
+        says="ours, experts of FFNs alone",
     ),
     "no-evidence": Recipe(
         "document", SHARE, adapters=HEAD, says="ours, rows judge by hidden states alone"
@@ -86,6 +106,7 @@ RECIPES = {
         adapters=AdapterConfig(attention=16),
         evidence=EVIDENCE,
         parts=True,
+        pairs=PAIRS,
         says="ffn, and they add to attention (rank 16)",
     ),
     "norms": Recipe(
@@ -94,6 +115,7 @@ RECIPES = {
         adapters=AdapterConfig(norms=True),
         evidence=EVIDENCE,
         parts=True,
+        pairs=PAIRS,
         says="ffn, and they add to norms",
     ),
     "rows-alone": Recipe(
@@ -102,6 +124,7 @@ RECIPES = {
         adapters=HEAD,
         evidence=EVIDENCE,
         parts=True,
+        pairs=PAIRS,
         rows_of="ours",
         says="ours, each owner's rows tuned alone afterwards",
     ),

@@ -45,6 +45,8 @@ class RouterConfig:
         this many tokens, and every expert brings a table of what each token says (see
         `flexolmo_jax.evidence`); needs context "document".
       evidence_parts: public corpora that the anchor tells apart, or 0; needs evidence.
+      evidence_pairs: above 0, tables are about pairs of neighbouring tokens, hashed to so many
+        entries; else about single tokens. Needs evidence.
     """
 
     context: Literal["token", "document"] = "token"
@@ -52,6 +54,7 @@ class RouterConfig:
     fallback: bool = False
     evidence: float = 0.0
     evidence_parts: int = 0
+    evidence_pairs: int = 0
 
     def __post_init__(self) -> None:
         some = self.evidence > 0 and self.context == "document" and math.isfinite(self.evidence)
@@ -69,10 +72,17 @@ class RouterConfig:
                 where="RouterConfig.evidence_parts",
                 fix="set it to 0, or to 2 corpora or more beside evidence",
             )
+        if self.evidence_pairs and (self.evidence_pairs < 2 or not self.evidence):
+            raise ConfigError(
+                "Pairs of tokens are evidence, hashed to entries of a table",
+                got=f"evidence={self.evidence:g}, evidence_pairs={self.evidence_pairs}",
+                where="RouterConfig.evidence_pairs",
+                fix="set it to 0, or to 2 entries or more (such as 65536) beside evidence",
+            )
 
     def without_evidence(self) -> "RouterConfig":
         """The same router with nothing to look up."""
-        return dataclasses.replace(self, evidence=0.0, evidence_parts=0)
+        return dataclasses.replace(self, evidence=0.0, evidence_parts=0, evidence_pairs=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +109,7 @@ class AdapterConfig:
 
 
 # Of `ModelConfig`: keys that the first models did not have.
-LATER_KEYS = ("adapters", "router.evidence", "router.evidence_parts")
+LATER_KEYS = ("adapters", "router.evidence", "router.evidence_parts", "router.evidence_pairs")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,13 +149,13 @@ class Cache:
 
     Shapes:
       k, v: [L, B, S, K, H], normed and rotated keys; router_sum [L, B, E] and length_B carry what
-      the router has gathered of the document, evidence_sum [B, E + P] its evidence, if it has any.
+      the router's rows say of the document, gathered what its tokens do, if they do.
     """
 
     k: Any
     v: Any
     router_sum: Any
-    evidence_sum: jax.Array | None
+    gathered: evidence.Gathered | None
     length_B: jax.Array
 
     def after(self, segments_BT: jax.Array, *state: Any) -> "Cache":
@@ -165,7 +165,7 @@ class Cache:
     def first_row(self) -> "Cache":
         """The state of the first document alone."""
         layers_ = (leaf[:, :1] for leaf in (self.k, self.v, self.router_sum))
-        gathered = None if self.evidence_sum is None else self.evidence_sum[:1]
+        gathered = jax.tree.map(lambda leaf: leaf[:1], self.gathered)
         return Cache(*layers_, gathered, self.length_B[:1])
 
 
@@ -199,7 +199,7 @@ def init_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float3
         k=jnp.zeros(shape, dtype),
         v=jnp.zeros(shape, dtype),
         router_sum=jnp.zeros((config.n_layers, rows, config.n_slots), jnp.float32),
-        evidence_sum=evidence.init_sum(config, rows),
+        gathered=evidence.init(config, rows),
         length_B=jnp.zeros(rows, jnp.int32),
     )
 
@@ -239,7 +239,7 @@ def forward(
     n_active = min(config.n_active if n_active is None else n_active, n_slots)
     documents = _documents(segments_BT, allowed_BE, cache, branch_end_BT)
     evidence_BTE, gathered = evidence.of_documents(
-        config, shared, groups, tokens_BT, cache and cache.evidence_sum, **documents
+        config, shared, groups, tokens_BT, cache and cache.gathered, **documents
     )
     one_layer = functools.partial(
         block.layer,
@@ -342,7 +342,7 @@ def split_layers(
     layers_ = [jax.tree.map(operator.itemgetter(i), shared["layers"]) for i in range(n_layers)]
     experts = tuple([group_layer(group, i) for i in range(n_layers)] for group in groups)
     parts = (list(x) for x in (cache.k, cache.v, cache.router_sum))
-    cache = Cache(*parts, cache.evidence_sum, cache.length_B)
+    cache = Cache(*parts, cache.gathered, cache.length_B)
     return {**shared, "layers": layers_}, experts, cache
 
 

@@ -262,8 +262,8 @@ def _cache_shardings(cache: model.Cache, grid: Mesh) -> model.Cache:
     heads = "model" if cache.k.shape[3] % grid.shape["model"] == 0 else None
     kv = place(None, BATCH_AXES, None, heads)
     rows = place(BATCH_AXES)
-    evidence_sum = None if cache.evidence_sum is None else rows
-    return model.Cache(kv, kv, place(None, BATCH_AXES), evidence_sum, rows)
+    gathered = jax.tree.map(lambda _: rows, cache.gathered)
+    return model.Cache(kv, kv, place(None, BATCH_AXES), gathered, rows)
 
 
 def _check_rows(data: DataConfig, grid: Mesh, accumulate: int = 1) -> None:

@@ -184,8 +184,8 @@ def _own_job(config: RunConfig, grid: Mesh) -> TrainingJob:
         frozen, initial = stages.split("expert", anchor)[1], _new_expert(config, info, program)
         if info.config.router.evidence:
             parts = anchor["shared"].get(evidence.LEAF)
-            parts_PV = None if parts is None else placed.fetch(parts)
-            counted = router_init.evidence_table(config, info.config, parts_PV)
+            parts_PX = None if parts is None else placed.fetch(parts)
+            counted = router_init.evidence_table(config, info.config, parts_PX)
             places = programs.shardings(program.arguments["frozen"]["expert"])
             frozen["expert"] = {evidence.LEAF: placed.put(counted, places[evidence.LEAF])}
     return _job(

@@ -2,12 +2,15 @@
 """What tokens say of a document: tables made alone, sums that saturate, and the way to a model."""
 
 import dataclasses
+import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from reference import numpy_olmo2
 from test_router_init import run_config
 
 from flexolmo_jax import evidence, model, router
@@ -23,24 +26,79 @@ def texts(tmp_path_factory):
     return toy.texts(tmp_path_factory.mktemp("texts"))
 
 
-def ratio(own_V, public_V):
-    return evidence.table(evidence.log_share(own_V), evidence.log_share(public_V))
+def ratio(own_X, public_X):
+    return evidence.table(own_X, evidence.log_share(public_X))
 
 
 # Broken once by swapping the two sides, and by smoothing the own side only.
 def test_a_table_is_a_smoothed_log_ratio():
-    own, public = np.array([90, 0, 0, 10]), np.array([0, 0, 190, 10])
-    want = np.log(np.array([100, 10, 10, 20]) / 140) - np.log(np.array([10, 10, 200, 20]) / 240)
+    own, public = np.array([5, 1, 0, 4]), np.array([96, 0, 29, 71])
+    # One of ten is added to shares.
+    want = np.log(np.array([6, 2, 1, 5]) / (np.array([97, 1, 30, 72]) / 200 * 10 + 1))
     made = ratio(own, public)
     assert made.dtype == np.float32
     np.testing.assert_allclose(made, want, rtol=1e-6)
-    np.testing.assert_array_equal(ratio(own, own), 0)
     # However often a token stands on one side alone, it says so much and no more.
     far = ratio(np.array([10**6, 0]), np.array([0, 10**6]))
     np.testing.assert_array_equal(far, [evidence.LIMIT, -evidence.LIMIT])
-    # One occurrence in a long text hardly shows: it is a tenth of what smoothing adds.
-    once = np.array([10**6, 1, 0, 0]), np.array([10**6, 0, 0, 0])
-    np.testing.assert_allclose(ratio(*once)[1], np.log(1.1), atol=1e-4)
+    # What neither side has says little, and nothing for the owner, however much longer one is.
+    for sizes in ((10, 10**6), (10**6, 10)):
+        assert -0.7 < ratio(*(np.array([size, 0]) for size in sizes))[1] <= 0
+
+
+# The reference has it in arithmetic of whole numbers.
+def test_pairs_have_the_same_entry_everywhere():
+    c = RouterConfig("document", evidence=4.0, evidence_pairs=1000)
+    rng = np.random.default_rng(0)
+    before, tokens = (rng.integers(0, 200_000, 500) for _ in range(2))
+    want = [
+        numpy_olmo2.entry_of_pair(int(a), int(b), 1000) for a, b in zip(before, tokens, strict=True)
+    ]
+    np.testing.assert_array_equal(evidence.hashed(c, before, tokens), want)
+    on_device = jax.jit(functools.partial(evidence.hashed, c))
+    np.testing.assert_array_equal(on_device(jnp.asarray(before), jnp.asarray(tokens)), want)
+    # Neighbours, and the same two the other way round, are spread over the table.
+    grid = np.stack(np.meshgrid(np.arange(300), np.arange(300)), -1).reshape(-1, 2)
+    spread = np.bincount(evidence.hashed(c, *grid.T), minlength=1000)
+    assert spread.min() > 50 and spread.max() < 140
+    assert np.mean(evidence.hashed(c, *grid.T) == evidence.hashed(c, *grid.T[::-1])) < 0.01
+
+
+# Broken once by pairs across documents, and by the last token of a padded row as the state.
+def test_a_pair_lies_inside_its_document():
+    """Token by token after a beginning, branches and packed rows see the same pairs."""
+    c = toy.config(router=RouterConfig("document", evidence=1e9, evidence_pairs=512))
+    groups = ({"evidence": np.random.default_rng(0).standard_normal((1, 4, 512), np.float32)},)
+
+    def says(tokens, segments, state=None, length=None, follows=None):
+        made, state = evidence.of_documents(
+            c, {}, groups, jnp.asarray(tokens, jnp.int32), state,
+            segments_BT=jnp.asarray(segments), length_B=length, follows_BTS=follows,
+        )  # fmt: skip
+        return np.asarray(made), state
+
+    def sum_of(*pairs):
+        at = [numpy_olmo2.entry_of_pair(*pair, 512) for pair in pairs]
+        return groups[0]["evidence"][0][:, at].sum(-1) if at else np.zeros(4)
+
+    packed, _ = says([[5, 6, 7, 8, 9]], [[1, 1, 1, 2, 2]])
+    want = [sum_of(), sum_of((5, 6)), sum_of((5, 6), (6, 7)), sum_of(), sum_of((8, 9))]
+    np.testing.assert_allclose(packed[0], want, atol=1e-6)
+    # A row that ends in padding, and one that has not begun.
+    state = evidence.init(c, 2)
+    _, state = says([[5, 6, 0], [0, 0, 0]], [[1, 1, 0], [0, 0, 0]], state, jnp.array([0, 0]))
+    np.testing.assert_array_equal(state.last_B, [6, -1])
+    after, state = says([[7], [7]], [[1], [1]], state, jnp.array([2, 0]))
+    np.testing.assert_allclose(after[:, 0], [sum_of((5, 6), (6, 7)), sum_of()], atol=1e-6)
+    np.testing.assert_array_equal(state.last_B, [7, 7])
+    # Two endings, 8 9 and 3, after the first row.
+    first = jax.tree.map(lambda leaf: leaf[:1], state)
+    follows = jnp.asarray([[[1, 0, 0], [1, 1, 0], [0, 0, 1]]], bool)
+    branches, same = says([[8, 9, 3]], [[1, 1, 1]], first, jnp.array([3]), follows)
+    before = sum_of((5, 6), (6, 7))
+    ends = [sum_of((7, 8)), sum_of((7, 8), (8, 9)), sum_of((7, 3))]
+    np.testing.assert_allclose(branches[0], [before + end for end in ends], atol=1e-6)
+    assert same is first
 
 
 def test_tables_are_counted_from_both_texts_and_no_other(texts):
@@ -54,7 +112,7 @@ def test_tables_are_counted_from_both_texts_and_no_other(texts):
     # An anchor that tells public corpora apart is the ruler, whatever public text the owner has.
     parts = np.log(np.random.default_rng(0).dirichlet(np.ones(c.vocab_size), 2))
     made = router_init.evidence_table(run_config(texts), c, parts)
-    want = evidence.table(evidence.log_share(counts[0]), np.log(np.exp(parts).mean(0)))
+    want = evidence.table(counts[0], np.log(np.exp(parts).mean(0)))
     np.testing.assert_allclose(made[0, 0], want, atol=1e-5)
     alone = DataConfig(sources=run_config(texts).data.sources[:1], seq_len=16)
     again = router_init.evidence_table(run_config(texts, data=alone), c, parts)
@@ -70,12 +128,20 @@ def test_a_long_text_is_counted_by_stretches_that_lie_evenly_over_it(texts, monk
     monkeypatch.setattr(router_init, "COUNTED", 60)
     monkeypatch.setattr(router_init, "STRETCH", 20)
     own, public = run_config(texts).data.sources
-    counts = router_init._counts([own], texts.vocab_size)
+    c = toy.config(vocab_size=texts.vocab_size)
+    counts = router_init._counts([own], c)
     # Beginning, middle and end.
     places = [*range(20), *range((n - 20) // 2, (n - 20) // 2 + 20), *range(n - 20, n)]
     want = np.bincount(opened.tokens(0, n)[places], minlength=texts.vocab_size)
     np.testing.assert_array_equal(counts, want)
-    assert router_init._counts([own, public], texts.vocab_size).sum() == 60
+    assert router_init._counts([own, public], c).sum() == 60
+    # Pairs are counted inside a stretch.
+    pairs = c.replace(router=RouterConfig("document", evidence=4.0, evidence_pairs=50))
+    counts = router_init._counts([own], pairs)
+    assert counts.shape == (50,) and counts.sum() == 3 * 19
+    tokens = [opened.tokens(0, n)[i : i + 20] for i in (0, (n - 20) // 2, n - 20)]
+    want = [evidence.hashed(pairs.router, t[:-1], t[1:]) for t in tokens]
+    np.testing.assert_array_equal(counts, np.bincount(np.concatenate(want), minlength=50))
 
 
 def test_n_tokens_count_as_many_as_are_worth_it():
@@ -104,7 +170,7 @@ def test_each_slot_reads_its_own_table():
     assert table.shape == (1, c.n_slots, c.vocab_size)
     groups = tuple({"evidence": part} for part in np.split(np.asarray(table), [1, 3], axis=1))
     tokens = toy.batch()["tokens"]
-    says = np.asarray(evidence.of_tokens(groups, tokens))
+    says = np.asarray(evidence.of_entries(groups, tokens))
     for slot in range(c.n_slots):
         np.testing.assert_array_equal(says[..., slot], np.asarray(table)[0, slot][tokens])
 
@@ -125,7 +191,7 @@ def test_public_text_is_what_any_of_its_corpora_is():
     )  # fmt: skip
     # Against both together the odds of one token are 1 on average: those of three are not.
     np.testing.assert_allclose(made[0], [[0, 0], [0, 0], [0, 3]], atol=1e-5)
-    np.testing.assert_allclose(gathered, [[0, 3, 0, 0]], atol=1e-6)  # of the last document
+    assert gathered is None  # Nothing goes on.
     made, _ = evidence.of_documents(
         c, {"evidence": parts}, ({"evidence": own},), jnp.array([[0, 0, 0, 1]]),
         segments_BT=jnp.array([[1, 1, 1, 2]]), **where,
@@ -148,7 +214,7 @@ def test_an_anchor_counts_each_of_its_corpora(texts):
     own, public = run_config(texts).data.sources
     both = DataConfig(sources=(dataclasses.replace(own, public=True), public), seq_len=16)
     made = router_init.public_parts(run_config(texts, data=both), c)[evidence.LEAF]
-    counts = [router_init._counts([s], texts.vocab_size) for s in both.sources]
+    counts = [router_init._counts([s], c) for s in both.sources]
     want = np.array([evidence.log_share(x) for x in counts], np.float32)
     np.testing.assert_array_equal(made, want)
     with pytest.raises(ConfigError, match=r"1 public source\(s\), evidence_parts=2"):
@@ -160,6 +226,12 @@ def test_an_anchor_counts_each_of_its_corpora(texts):
 @pytest.mark.parametrize("asked", [{"evidence_parts": 2}, {"evidence": 4.0, "evidence_parts": 1}])
 def test_a_corpus_is_told_from_another(asked):
     with pytest.raises(ConfigError, match="told apart by evidence"):
+        RouterConfig("document", **asked)
+
+
+@pytest.mark.parametrize("asked", [{"evidence_pairs": 9}, {"evidence": 4.0, "evidence_pairs": -1}])
+def test_pairs_are_evidence(asked):
+    with pytest.raises(ConfigError, match="Pairs of tokens are evidence"):
         RouterConfig("document", **asked)
 
 
@@ -186,7 +258,7 @@ def test_models_without_evidence_are_written_as_before_there_was_any():
         text = json.dumps(c.to_json())
         assert from_dict(ModelConfig, json.loads(text)) == c
     assert json.loads(text)["router"]["evidence"] == 4.0
-    assert "evidence_parts" not in json.loads(text)["router"]
+    assert not {"evidence_parts", "evidence_pairs"} & json.loads(text)["router"].keys()
     assert "evidence" not in model.abstract_params(c)["shared"]
 
 

@@ -204,6 +204,10 @@ CASES = {
         cases.config_with(context="document", evidence=3.0, parts=3, n_active=4),
         None,
     ),
+    "rows deny, evidence of pairs": (
+        cases.config_with(context="document", evidence=3.0, parts=2, pairs=29, n_active=3),
+        "some",
+    ),
     "rows deny, evidence, pre": (
         cases.config_with(
             context="document", evidence=2.0, norm_placement="pre", adapters=AdapterConfig(head=2)

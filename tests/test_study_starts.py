@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Directories that the trainings of a study start from."""
 
+import dataclasses
+
 import numpy as np
 import toy
 from expert_helpers import make_anchor, random_tree
@@ -69,6 +71,13 @@ def test_public_corpora_have_their_tables_where_a_recipe_says_so(tmp_path):
     assert info.config.router == RouterConfig("document", evidence=4.0, evidence_parts=2)
     shared = model_dir.load_model(info.path)[1]["shared"]
     assert shared[evidence.LEAF].shape == (2, texts.vocab_size) and shared[evidence.LEAF].any()
+    # Tables of pairs beside an anchor whose own are of tokens.
+    pairs = dataclasses.replace(recipe, pairs=50)
+    assert pairs.agreed == "document-evidence4-parts1-pairs50"
+    info = starts.agreed(info.path, tmp_path / "pairs", pairs, public)
+    params_of_pairs = model_dir.load_model(info.path)[1]
+    assert params_of_pairs["shared"][evidence.LEAF].shape == (2, 50)
+    assert params_of_pairs["experts"][evidence.LEAF].shape == (1, 1, 50)
     # Others make do without, wherever they start from.
     one = starts.agreed(info.path, tmp_path / "one", Recipe("document", 0.0, evidence=4.0), public)
     mixed = starts.upcycled(info.path, tmp_path / "m", ("a",), n_active=2, seed=0)

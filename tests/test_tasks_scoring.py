@@ -117,6 +117,9 @@ CASES = {
     },
     "norm per head": {"qk_norm": "head", "n_kv_heads": 4},
     "evidence": {"router": RouterConfig("document", evidence=4.0, evidence_parts=2)},
+    "pairs": {
+        "router": RouterConfig("document", evidence=4.0, evidence_parts=2, evidence_pairs=61)
+    },
 }
 
 

@@ -37,7 +37,7 @@ MAX_MEAN_LOGIT = 6.0
 RECALIBRATION, MARGIN = 0.25, 1.0
 # The same beside tables of evidence: what is left of a trained row, what biases are lowered by, and
 # the effective bias that training starts from.
-BESIDE_EVIDENCE, EVIDENCE_MARGIN, EVIDENCE_BIAS = 0.5, 1.5, -1.0
+BESIDE_EVIDENCE, EVIDENCE_MARGIN, EVIDENCE_BIAS = 0.5, 2.0, -1.0
 # Every so many positions are kept: neighbours of a running mean say the same.
 STRIDE = 12
 KEPT = slice(STRIDE // 2, None, STRIDE)
@@ -97,33 +97,30 @@ def _expert_row(config: RunConfig, c: ModelConfig, anchor: tree.Tree) -> np.ndar
 
 
 def evidence_table(
-    config: RunConfig, c: ModelConfig, parts_PV: np.ndarray | None = None
+    config: RunConfig, c: ModelConfig, parts_PX: np.ndarray | None = None
 ) -> np.ndarray:
-    """What each token says of whose text it stands in, [1, 1, V] as a group holds it.
+    """What each token, or pair, says of whose text it stands in, [1, 1, X] as a group holds it.
 
     Args:
-      parts_PV: what the anchor says of public text; without it the public sources are counted.
+      parts_PX: what the anchor says of public text; without it the public sources are counted.
 
     Raises:
       ConfigError: text of one side only.
     """
 
-    def log_share(side: Sequence[SourceConfig]) -> np.ndarray:
-        return evidence.log_share(_counts(side, c.vocab_size))
-
     with distributed.together("counting tokens"):
-        if parts_PV is None:
+        if parts_PX is None:
             own, public = _sources(config, "A table of evidence compares")
-            base_V = log_share(public)
+            base_X = evidence.log_share(_counts(public, c))
         else:
             own = [s for s in config.data.sources if not s.public]
-            base_V = np.asarray(evidence.public(parts_PV))
-        table_V = evidence.table(log_share(own), base_V)
-    return distributed.array_from_first(table_V[None, None])
+            base_X = np.asarray(evidence.public(parts_PX))
+        table_X = evidence.table(_counts(own, c), base_X)
+    return distributed.array_from_first(table_X[None, None])
 
 
 def public_parts(config: RunConfig, c: ModelConfig) -> dict[str, np.ndarray]:
-    """The shared leaf that tells public corpora apart, [P, V], where the anchor does.
+    """The shared leaf that tells public corpora apart, [P, X], where the anchor does.
 
     Set once when the anchor is finished, as the public row is.
     """
@@ -132,9 +129,9 @@ def public_parts(config: RunConfig, c: ModelConfig) -> dict[str, np.ndarray]:
         return {}
     public = _public(config.data.sources)
     with distributed.together("counting tokens"):
-        counts = [_counts([source], c.vocab_size) for source in public]
-        made_PV = np.stack([evidence.log_share(count_V) for count_V in counts])
-    return {evidence.LEAF: distributed.array_from_first(made_PV.astype(np.float32))}
+        counts = [_counts([source], c) for source in public]
+        made_PX = np.stack([evidence.log_share(count_X) for count_X in counts])
+    return {evidence.LEAF: distributed.array_from_first(made_PX.astype(np.float32))}
 
 
 def check_parts(config: RunConfig, c: ModelConfig) -> None:
@@ -153,18 +150,17 @@ def check_parts(config: RunConfig, c: ModelConfig) -> None:
         )
 
 
-def _counts(sources: Sequence[SourceConfig], vocab_size: int) -> np.ndarray:
-    """Token counts [V] of sources, by stretches that lie evenly over each."""
-    total_V = np.zeros(vocab_size, np.int64)
+def _counts(sources: Sequence[SourceConfig], c: ModelConfig) -> np.ndarray:
+    """Counts [X] of the entries of a table, by stretches that lie evenly over each source."""
+    total_X = np.zeros(evidence.entries(c), np.int64)
     for source in sources:
-        opened = shards.open_shards(source.path, vocab_size=vocab_size)
+        opened = shards.open_shards(source.path, vocab_size=c.vocab_size)
         wanted = min(COUNTED // len(sources), opened.n_tokens)
         number = -(-wanted // STRETCH)
         size = -(-wanted // number)
         for start in np.linspace(0, opened.n_tokens - size, number).astype(int):
-            tokens = opened.tokens(int(start), int(start) + size)
-            total_V += np.bincount(tokens, minlength=vocab_size)
-    return total_V
+            total_X += evidence.count(c, opened.tokens(int(start), int(start) + size))
+    return total_X
 
 
 def recalibrate(

@@ -24,6 +24,7 @@ class Recipe:
         afterwards; what trains an expert is then that recipe's.
       evidence: `RouterConfig.evidence`.
       parts: whether the anchor tells public corpora apart by evidence.
+      pairs: `RouterConfig.evidence_pairs`.
       tuned: tune the router afterwards as the paper does, on proxies and public text.
       says: what it is, for tables.
     """
@@ -35,13 +36,14 @@ class Recipe:
     rows_of: str = ""
     evidence: float = 0.0
     parts: bool = False
+    pairs: int = 0
     tuned: bool = False
     says: str = ""
 
     @property
     def agreed(self) -> str:
         """Name of the anchor that its experts agree on: one for every set of choices above."""
-        held = {"evidence": self.evidence, "parts": self.parts}
+        held = {"evidence": self.evidence, "parts": self.parts, "pairs": self.pairs}
         held |= dataclasses.asdict(self.adapters)
         return "-".join([self.context, *(f"{name}{n:g}" for name, n in held.items() if n)])
 

@@ -41,6 +41,7 @@ def agreed(anchor: Path, out: Path, recipe: Recipe, public: Sequence[Path]) -> m
         context=recipe.context,
         evidence=recipe.evidence,
         evidence_parts=len(public) if recipe.parts and len(public) > 1 else 0,
+        evidence_pairs=recipe.pairs,
     )
     config = info.config.replace(router=router, adapters=recipe.adapters)
     run = RunConfig(
@@ -58,9 +59,9 @@ def agreed(anchor: Path, out: Path, recipe: Recipe, public: Sequence[Path]) -> m
     return model_dir.write_model(out, config, shared, piece, info.tokenizer_path, training)
 
 
-def _learnt(shared: tree.Tree) -> tree.Tree:
-    """Shared weights without tables of evidence, which one recipe has and another has not."""
-    return {name: shared[name] for name in stages.learnt(shared)}
+def _learnt(weights: tree.Tree) -> tree.Tree:
+    """Weights without tables of evidence, which one recipe has and another has not."""
+    return {name: weights[name] for name in stages.learnt(weights)}
 
 
 def mixture(
@@ -105,8 +106,9 @@ def mixture(
 
 def _holding(piece: tree.Tree, config: ModelConfig) -> tree.Tree:
     """A slice with the leaves of this architecture: what it does not have is 0."""
+    kept = _learnt(piece)
     return {
-        name: piece[name] if name in piece else np.zeros(like.shape, like.dtype)
+        name: kept[name] if name in kept else np.zeros(like.shape, like.dtype)
         for name, like in slices.expected_slice(config).items()
     }
 

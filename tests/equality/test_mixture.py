@@ -126,7 +126,7 @@ MORE = [
     {},
     {
         "adapters": AdapterConfig(attention=3, head=2, norms=True),
-        "router": RouterConfig("document", evidence=4.0, evidence_parts=2),
+        "router": RouterConfig("document", evidence=4.0, evidence_parts=2, evidence_pairs=64),
     },
 ]
 

@@ -35,10 +35,10 @@ SEGMENTS = np.array(
 
 
 def config_with(
-    *, context="token", renormalize=False, fallback=False, evidence=0.0, parts=0, **changes
+    *, context="token", renormalize=False, fallback=False, evidence=0.0, parts=0, pairs=0, **changes
 ):
     """TINY with changes."""
-    router = RouterConfig(context, renormalize, fallback, evidence, parts)
+    router = RouterConfig(context, renormalize, fallback, evidence, parts, pairs)
     return TINY.replace(router=router, **changes)
 
 
@@ -56,7 +56,7 @@ def shapes(c):
     if not c.tied_embeddings:
         shared["unembed"] = (D, V)
     if c.router.evidence_parts:
-        shared["evidence"] = (c.router.evidence_parts, V)
+        shared["evidence"] = (c.router.evidence_parts, c.router.evidence_pairs or V)
     experts = {"w_gate": (L, E, D, F), "w_up": (L, E, D, F), "w_down": (L, E, F, D)}
     if R := c.adapters.attention:
         experts |= {f"{p}_a": (L, E, D, R) for p in "qkv"} | {"o_a": (L, E, N, H, R)}
@@ -67,7 +67,7 @@ def shapes(c):
     if c.adapters.norms:
         experts |= {"attention_scale": (L, E, D), "ffn_scale": (L, E, D)}
     if c.router.evidence:
-        experts["evidence"] = (1, E, V)
+        experts["evidence"] = (1, E, c.router.evidence_pairs or V)
     return {"shared": shared, "experts": experts | {"router": (L, E, D), "bias": (L, E)}}
 
 

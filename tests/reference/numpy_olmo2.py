@@ -5,6 +5,8 @@ It was written from the design notes and the paper alone, before the package's o
 and shares no code with them: `config` is only asked for its fields. Loops are deliberate.
 """
 
+import itertools
+
 import numpy as np
 
 
@@ -137,6 +139,13 @@ def combine_weights(
     return out
 
 
+def entry_of_pair(before, token, entries):
+    """Where a table has a pair of tokens: 32 bit arithmetic (docs/format.md)."""
+    key = (before * 0x9E3779B1 + token * 0x85EBCA6B) % 2**32
+    key = (key ^ key >> 15) * 0xC2B2AE35 % 2**32
+    return (key ^ key >> 13) % entries
+
+
 def evidence(config, params, tokens, segments):
     """Evidence [T,E] of one row, nats: for each slot in the document up to each token."""
     tables = np.asarray(params["experts"]["evidence"][0], np.float64)
@@ -145,11 +154,14 @@ def evidence(config, params, tokens, segments):
     for t in range(len(tokens)):
         seen = tokens[starts[t] : t + 1]
         share = config.router.evidence / (len(seen) + config.router.evidence)
+        if n := config.router.evidence_pairs:
+            seen = [entry_of_pair(int(a), int(b), n) for a, b in itertools.pairwise(seen)]
         for e in range(len(tables)):
-            out[t, e] = tables[e][seen].sum() * share
+            out[t, e] = tables[e][np.array(seen, int)].sum() * share
         if config.router.evidence_parts:
             corpora = np.exp(np.asarray(params["shared"]["evidence"], np.float64))
-            says = [np.clip(np.log(c / corpora.mean(axis=0)), -3, 3)[seen] for c in corpora]
+            ratios = np.clip(np.log(corpora / corpora.mean(axis=0)), -3, 3)
+            says = [ratio[np.array(seen, int)] for ratio in ratios]
             out[t, 0] += np.log(np.mean([np.exp(s.sum() * share) for s in says]))
     return out
 
