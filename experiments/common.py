@@ -40,7 +40,7 @@ TINY_PUBLIC_SHARE = 0.25
 TINY_ROUTER = {
     "context": "document",
     "renormalize": False,
-    "evidence": 32.0,
+    "evidence": 8.0,
     "evidence_parts": len(PUBLIC),
     "evidence_pairs": 1 << 16,
 }

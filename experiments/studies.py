@@ -41,8 +41,7 @@ _PAPER = (
 )
 _LABEL = ("optim.router_label_loss=1.0",)
 SHARE = common.TINY_PUBLIC_SHARE
-# Single tokens depend on one another more than pairs do: a document of them is worth less.
-EVIDENCE, TOKENS_EVIDENCE = common.TINY_ROUTER["evidence"], 8.0
+EVIDENCE = common.TINY_ROUTER["evidence"]
 PAIRS = common.TINY_ROUTER["evidence_pairs"]
 HEAD = AdapterConfig(**common.TINY_ADAPTERS)
 RECIPES = {
@@ -59,7 +58,7 @@ RECIPES = {
         "document",
         SHARE,
         adapters=HEAD,
-        evidence=TOKENS_EVIDENCE,
+        evidence=EVIDENCE,
         parts=True,
         says="ours, evidence of single tokens",
     ),
@@ -67,7 +66,7 @@ RECIPES = {
         "document",
         SHARE,
         adapters=HEAD,
-        evidence=TOKENS_EVIDENCE,
+        evidence=EVIDENCE,
         says="and public text is of one kind",
     ),
     "paper": Recipe(

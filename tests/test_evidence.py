@@ -64,7 +64,8 @@ def test_pairs_have_the_same_entry_everywhere():
     assert np.mean(evidence.hashed(c, *grid.T) == evidence.hashed(c, *grid.T[::-1])) < 0.01
 
 
-# Broken once by pairs across documents, and by the last token of a padded row as the state.
+# Broken once by pairs across documents, by the last token of a padded row as the state, and by
+# pairs of neighbours in a row whose documents branch.
 def test_a_pair_lies_inside_its_document():
     """Token by token after a beginning, branches and packed rows see the same pairs."""
     c = toy.config(router=RouterConfig("document", evidence=1e9, evidence_pairs=512))
@@ -91,12 +92,12 @@ def test_a_pair_lies_inside_its_document():
     after, state = says([[7], [7]], [[1], [1]], state, jnp.array([2, 0]))
     np.testing.assert_allclose(after[:, 0], [sum_of((5, 6), (6, 7)), sum_of()], atol=1e-6)
     np.testing.assert_array_equal(state.last_B, [7, 7])
-    # Two endings, 8 9 and 3, after the first row.
+    # Endings 8 9, 8 4 and 3 after the first row: 4 stands beside 9, but comes after 8.
     first = jax.tree.map(lambda leaf: leaf[:1], state)
-    follows = jnp.asarray([[[1, 0, 0], [1, 1, 0], [0, 0, 1]]], bool)
-    branches, same = says([[8, 9, 3]], [[1, 1, 1]], first, jnp.array([3]), follows)
+    follows = jnp.asarray([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]], bool)
+    branches, same = says([[8, 9, 4, 3]], [[1, 1, 1, 1]], first, jnp.array([3]), follows)
     before = sum_of((5, 6), (6, 7))
-    ends = [sum_of((7, 8)), sum_of((7, 8), (8, 9)), sum_of((7, 3))]
+    ends = [sum_of((7, 8)), sum_of((7, 8), (8, 9)), sum_of((7, 8), (8, 4)), sum_of((7, 3))]
     np.testing.assert_allclose(branches[0], [before + end for end in ends], atol=1e-6)
     assert same is first
 
@@ -283,5 +284,5 @@ def test_recalibration_keeps_half_of_a_row_beside_evidence(texts):
     made = router_init.recalibrate(run_config(texts), c, params["shared"], *halves)
     np.testing.assert_array_equal(made["router"], 0.5 * np.asarray(halves[1]["router"]))
     lower = np.logaddexp(0, made["bias"]) - np.logaddexp(0, np.asarray(halves[1]["bias"]))
-    np.testing.assert_allclose(lower, router_init.EVIDENCE_MARGIN, rtol=1e-5)
+    np.testing.assert_allclose(lower, router_init.MARGIN, rtol=1e-5)
     assert made["evidence"] is halves[1]["evidence"]
