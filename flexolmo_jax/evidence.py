@@ -116,9 +116,14 @@ def table(own_X: np.ndarray, public_X: np.ndarray) -> np.ndarray:
     return np.clip(ratio_X, -LIMIT, LIMIT).astype(np.float32)
 
 
-def public(parts_PX: jax.Array | np.ndarray) -> jax.Array:
-    """`log_share` [X] of all public corpora together: each counts alike, however long it is."""
-    return jax.nn.logsumexp(parts_PX, axis=0) - math.log(len(parts_PX))
+def public(parts: jax.Array | np.ndarray, axis: int = 0) -> jax.Array:
+    """`log_share` of all public corpora together: each counts alike, however long it is.
+
+    Args:
+      parts: of each corpus.
+      axis: the corpora; it is gone afterwards.
+    """
+    return jax.nn.logsumexp(parts, axis=axis) - math.log(parts.shape[axis])
 
 
 def init(c: ModelConfig, rows: int) -> Gathered | None:
@@ -161,15 +166,15 @@ def of_documents(
         slots_BTE = jnp.where(jnp.any(allowed_BE, axis=0), slots_BTE, 0)
     says_BTX = slots_BTE
     if c.router.evidence_parts:
-        ratio_PX = jnp.clip(shared[LEAF] - public(shared[LEAF]), -LIMIT, LIMIT)
-        says_BTX = jnp.concatenate([slots_BTE, _looked_up(ratio_PX, entry_BT)], axis=-1)
+        shares_BTP = _looked_up(shared[LEAF], entry_BT)
+        ratio_BTP = shares_BTP - public(shares_BTP, axis=-1)[..., None]
+        says_BTX = jnp.concatenate([slots_BTE, jnp.clip(ratio_BTP, -LIMIT, LIMIT)], axis=-1)
     judged_BTX, sum_BX = router.gathered(
         says_BTX, state and state.sum_BX, c.router.evidence, **documents
     )
     evidence_BTE, parts_BTP = judged_BTX[..., :n_slots], judged_BTX[..., n_slots:]
     if c.router.evidence_parts:
-        public_BT = jax.nn.logsumexp(parts_BTP, axis=-1) - math.log(c.router.evidence_parts)
-        evidence_BTE = evidence_BTE.at[..., router.PUBLIC_SLOT].add(public_BT)
+        evidence_BTE = evidence_BTE.at[..., router.PUBLIC_SLOT].add(public(parts_BTP, axis=-1))
     if state is not None and documents["follows_BTS"] is None:
         state = Gathered(sum_BX, _last(tokens_BT, state.last_B, documents["segments_BT"]))
     return evidence_BTE, state
