@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax import router
-from flexolmo_jax.config import ModelConfig, RouterConfig
+from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.layers import document_starts
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
@@ -81,15 +81,15 @@ def shared_shapes(c: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str,
 def count(c: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     """How often each entry stands in a text, [X] int64."""
     if c.router.evidence_pairs:
-        tokens = hashed(c.router, tokens[:-1], tokens[1:])
+        tokens = hashed(tokens[:-1], tokens[1:], c.router.evidence_pairs)
     return np.bincount(tokens, minlength=entries(c))
 
 
-def hashed(c: RouterConfig, before: Array, tokens: Array) -> Array:
-    """Entry of each pair of tokens, int32: the same number from NumPy and on any device."""
+def hashed(before: Array, tokens: Array, pairs: int) -> Array:
+    """Entry of each pair of tokens, below `pairs`: the same number from NumPy and on any device."""
     key = before.astype(np.uint32) * _BEFORE + tokens.astype(np.uint32) * _TOKEN
     key = (key ^ (key >> np.uint32(15))) * _MIX
-    return ((key ^ (key >> np.uint32(13))) % np.uint32(c.evidence_pairs)).astype(np.int32)
+    return ((key ^ (key >> np.uint32(13))) % np.uint32(pairs)).astype(np.int32)
 
 
 def log_share(count_X: np.ndarray) -> np.ndarray:
@@ -159,7 +159,9 @@ def of_documents(
     entry_BT = tokens_BT
     if c.router.evidence_pairs:
         before_BT = _before(tokens_BT, state and state.last_B, **documents)
-        entry_BT = jnp.where(before_BT < 0, -1, hashed(c.router, before_BT, tokens_BT))
+        entry_BT = jnp.where(
+            before_BT < 0, -1, hashed(before_BT, tokens_BT, c.router.evidence_pairs)
+        )
     slots_BTE = of_entries(groups, entry_BT)
     n_slots = slots_BTE.shape[-1]
     if allowed_BE is not None:  # What a slot holds that no row may use meets nothing.

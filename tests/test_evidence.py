@@ -48,20 +48,19 @@ def test_a_table_is_a_smoothed_log_ratio():
 
 # The reference has it in arithmetic of whole numbers.
 def test_pairs_have_the_same_entry_everywhere():
-    c = RouterConfig("document", evidence=4.0, evidence_pairs=1000)
     rng = np.random.default_rng(0)
     before, tokens = (rng.integers(0, 200_000, 500) for _ in range(2))
     want = [
         numpy_olmo2.entry_of_pair(int(a), int(b), 1000) for a, b in zip(before, tokens, strict=True)
     ]
-    np.testing.assert_array_equal(evidence.hashed(c, before, tokens), want)
-    on_device = jax.jit(functools.partial(evidence.hashed, c))
+    np.testing.assert_array_equal(evidence.hashed(before, tokens, 1000), want)
+    on_device = jax.jit(functools.partial(evidence.hashed, pairs=1000))
     np.testing.assert_array_equal(on_device(jnp.asarray(before), jnp.asarray(tokens)), want)
     # Neighbours, and the same two the other way round, are spread over the table.
     grid = np.stack(np.meshgrid(np.arange(300), np.arange(300)), -1).reshape(-1, 2)
-    spread = np.bincount(evidence.hashed(c, *grid.T), minlength=1000)
+    spread = np.bincount(evidence.hashed(*grid.T, 1000), minlength=1000)
     assert spread.min() > 50 and spread.max() < 140
-    assert np.mean(evidence.hashed(c, *grid.T) == evidence.hashed(c, *grid.T[::-1])) < 0.01
+    assert np.mean(evidence.hashed(*grid.T, 1000) == evidence.hashed(*grid.T[::-1], 1000)) < 0.01
 
 
 # Broken once by pairs across documents, by the last token of a padded row as the state, and by
@@ -141,7 +140,7 @@ def test_a_long_text_is_counted_by_stretches_that_lie_evenly_over_it(texts, monk
     counts = router_init._counts([own], pairs)
     assert counts.shape == (50,) and counts.sum() == 3 * 19
     tokens = [opened.tokens(0, n)[i : i + 20] for i in (0, (n - 20) // 2, n - 20)]
-    want = [evidence.hashed(pairs.router, t[:-1], t[1:]) for t in tokens]
+    want = [evidence.hashed(t[:-1], t[1:], 50) for t in tokens]
     np.testing.assert_array_equal(counts, np.bincount(np.concatenate(want), minlength=50))
 
 

@@ -3,10 +3,14 @@
 
 import numpy as np
 import pytest
+import toy
 
+from flexolmo_jax import evidence
+from flexolmo_jax.config import RouterConfig
 from flexolmo_jax.study import mixing
 
 M, R, T, V = 3, 4, 12, 7
+PAIRS = toy.config(router=RouterConfig("document", evidence=1.0, evidence_pairs=500))
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +108,23 @@ def test_a_prompt_is_known_by_its_first_tokens(text):
     two = mixing.PromptClassifier.fit(counts, 1.0, length=2).classes(asked)
     all_ = mixing.PromptClassifier.fit(counts, 1.0, length=T).classes(asked)
     assert (two == 0).all() and (all_ == 1).all()
+
+
+# Broken once by a pair with the last token of the piece before.
+def test_a_classifier_of_pairs_knows_the_order(text):
+    """Two domains of the same tokens: 0 1 2 over and over, and 2 1 0."""
+    domains = [np.resize(order, 60) for order in ([0, 1, 2], [2, 1, 0])]
+    counts = np.stack([evidence.count(PAIRS, tokens) for tokens in domains])
+    tokens = np.stack(
+        [np.resize(order, T) for order in ([2, 0, 1], [2, 1, 0], [0, 1, 2], [1, 0, 2])]
+    )
+    segments, whole = np.ones((R, T), int), np.ones((R, T), bool)
+    asked = mixing.Text(tokens, text.targets, segments, whole, text.size)
+    classifier = mixing.PromptClassifier.fit(counts, 0.1, length=T, pairs=True)
+    np.testing.assert_array_equal(classifier.classes(asked)[:, 0], [0, 1, 0, 1])
+    # A piece of one token makes no pair, so nothing is known of it: the first domain.
+    segments[:, 1:] = 2
+    tokens[:, :2] = 2, 1
+    alone = mixing.PromptClassifier.fit(counts, 0.1, length=1, pairs=True)
+    apart = mixing.Text(tokens, text.targets, segments, whole, text.size)
+    assert (alone.classes(apart) == 0).all()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax import adapters, inference, model, moe, stages, tree
+from flexolmo_jax import adapters, evidence, inference, model, moe, stages, tree
 from flexolmo_jax.config import AdapterConfig, ModelConfig, RouterConfig
 from flexolmo_jax.data import shards
 from flexolmo_jax.experts import model_dir
@@ -90,14 +90,25 @@ class Judge:
         owned = {o: weights.final(self.at.run("dense", o, self.seed)) for o in self.study.owners}
         return {PUBLIC: self.anchor, **owned}
 
-    def counts(self, name: str) -> np.ndarray:
-        """Token counts of the training text of an owner, or of all public text."""
+    def counts(self) -> dict[str, dict[str, np.ndarray]]:
+        """Of tokens, and of pairs if a recipe does, in each owner's training text and in public's.
+
+        Pairs are given to rivals because ours reads them.
+        """
         public = [self.at.data(d, "train") for d in self.study.public]
-        total = np.zeros(self.info.config.vocab_size, np.int64)
-        for path in public if name == PUBLIC else [self.at.own(name) / "train"]:
-            opened = shards.open_shards(path)
-            total += np.bincount(opened.tokens(0, opened.n_tokens), minlength=len(total))
-        return total
+        paths = {o: [self.at.own(o) / "train"] for o in self.study.owners} | {PUBLIC: public}
+        kinds = {"tokens": self.info.config.replace(router=RouterConfig())}
+        if pairs := max(r.pairs for r in self.study.recipes.values()):
+            router = RouterConfig("document", evidence=1.0, evidence_pairs=pairs)
+            kinds["pairs"] = self.info.config.replace(router=router)
+        opened = {n: [shards.open_shards(p) for p in ps] for n, ps in paths.items()}
+        return {
+            kind: {
+                name: np.sum([evidence.count(c, s.tokens(0, s.n_tokens)) for s in texts], axis=0)
+                for name, texts in opened.items()
+            }
+            for kind, c in kinds.items()
+        }
 
     @functools.cached_property
     def recipes(self) -> dict[str, Mixture]:
@@ -146,8 +157,7 @@ def methods(j: Judge) -> dict[str, tuple[Method, str]]:
             add(name, j.choose_active(m), "mixture")
     if j.study.rivals:
         splits = [rivals.Split.of(s, j.dense) for s in (j.tuning, j.heldout)]
-        counts = {name: j.counts(name) for name in j.dense}
-        for name, method in rivals.of_dense_models(*splits, j.dense, counts).items():
+        for name, method in rivals.of_dense_models(*splits, j.dense, j.counts()).items():
             add(name, method, "dense")
     return found
 

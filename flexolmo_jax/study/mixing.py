@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from flexolmo_jax import evaluate
+from flexolmo_jax import evaluate, evidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,31 +117,39 @@ def best_per_position(nll_MRT: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PromptClassifier:
-    """Names the domain of a piece by its first tokens: multinomial naive Bayes over token ids.
+    """Names the domain of a piece by its first tokens: multinomial naive Bayes over them.
 
     It has seen the training text of every owner together, which no owner's expert has.
 
     Attributes:
-      log_prob_CV: of each token id in each domain.
+      log_prob_CX: of each token id in each domain, or of each entry of pairs of tokens.
       length: tokens of a piece that are looked at.
+      pairs: whether entries are pairs, hashed as tables of evidence are.
     """
 
-    log_prob_CV: np.ndarray
+    log_prob_CX: np.ndarray
     length: int
+    pairs: bool = False
 
     @classmethod
-    def fit(cls, counts_CV: np.ndarray, smoothing: float, length: int = 32) -> "PromptClassifier":
-        """Learns from token counts per domain, equal priors."""
-        counts = counts_CV.astype(np.float64) + smoothing
-        return cls(np.log(counts / counts.sum(axis=1, keepdims=True)), length)
+    def fit(
+        cls, counts_CX: np.ndarray, smoothing: float, length: int = 32, *, pairs: bool = False
+    ) -> "PromptClassifier":
+        """Learns from counts per domain, equal priors."""
+        counts = counts_CX.astype(np.float64) + smoothing
+        return cls(np.log(counts / counts.sum(axis=1, keepdims=True)), length, pairs)
 
     def classes(self, text: Text) -> np.ndarray:
         """Domain of each position, [R, T]; the same over a piece, its first tokens included."""
         pieces = text.pieces
         ahead = _before(np.ones((1, *pieces.shape)), pieces)[0]
-        seen = text.mask & (ahead < self.length)
+        seen, entries = text.mask & (ahead < self.length), text.tokens
+        if self.pairs:
+            seen &= ahead > 0  # The first token of a piece has none before it.
+            before = np.roll(entries, 1, axis=1)
+            entries = evidence.hashed(before, entries, self.log_prob_CX.shape[1])
         count = int(pieces.max()) + 1
         score_CP = np.stack(
-            [np.bincount(pieces[seen], row[text.tokens[seen]], count) for row in self.log_prob_CV]
+            [np.bincount(pieces[seen], row[entries[seen]], count) for row in self.log_prob_CX]
         )
         return np.where(text.mask, score_CP.argmax(axis=0)[np.maximum(pieces, 0)], 0)

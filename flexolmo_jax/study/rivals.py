@@ -97,16 +97,18 @@ def weighted_soup(
     return Method(soup(heldout, tau), len(models) + 1, {"tau": record})
 
 
-def prompt_routing(tuning: Split, heldout: Split, counts: Sequence[np.ndarray]) -> Method:
+def prompt_routing(
+    tuning: Split, heldout: Split, counts: Sequence[np.ndarray], pairs: bool
+) -> Method:
     """Every piece of text goes to one dense model, named by a classifier of its first tokens.
 
     Args:
-      counts: token counts of the training text of each model of the table.
+      counts: of tokens, or of pairs of them, in the training text of each model of the table.
     """
-    counts_CV = np.stack(counts)
+    counts_CX = np.stack(counts)
 
     def routed(split: Split, smoothing: float) -> Losses:
-        classifier = mixing.PromptClassifier.fit(counts_CV, smoothing)
+        classifier = mixing.PromptClassifier.fit(counts_CX, smoothing, pairs=pairs)
         return {
             d: mixing.chosen(nll, classifier.classes(split.scorer.texts[d]))
             for d, nll in split.nll.items()
@@ -120,14 +122,19 @@ def of_dense_models(
     tuning: Split,
     heldout: Split,
     models: Mapping[str, tree.Tree],
-    counts: Mapping[str, np.ndarray],
+    counts: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, Method]:
-    """What needs the anchor and all of the owners' dense models at once, without training."""
+    """What needs the anchor and all of the owners' dense models at once, without training.
+
+    Args:
+      counts: "tokens", and "pairs" if a recipe has evidence of pairs; to counts in the training
+        text of each model.
+    """
     names, domains = list(models), list(heldout.nll)
-    out = {
-        "soup-weighted": weighted_soup(tuning, heldout, models, domains),
-        "prompt-routing": prompt_routing(tuning, heldout, [counts[n] for n in names]),
-    }
+    out = {"soup-weighted": weighted_soup(tuning, heldout, models, domains)}
+    for kind, of in counts.items():
+        routed = prompt_routing(tuning, heldout, [of[n] for n in names], kind == "pairs")
+        out["prompt-routing-pairs" if kind == "pairs" else "prompt-routing"] = routed
     for causal in (False, True):
         for top in (1, 2, 0):
             name = f"btm-{'causal-' if causal else ''}{top or 'all'}"

@@ -13,6 +13,7 @@ SAYS = {
     "soup": "mean of the anchor and all dense models",
     "soup-weighted": "the same, weighed by each model's fit to the row",
     "prompt-routing": "one dense model per piece, named by a classifier",
+    "prompt-routing-pairs": "the same, the classifier reads pairs of tokens",
     "btm-1": "the dense model that fits the whole piece best",
     "btm-2": "two of them, probabilities averaged",
     "btm-all": "all of them",
