@@ -30,6 +30,10 @@ def _positive(owner: object, *names: str) -> None:
             )
 
 
+# Entries of a table at most: 64 MiB per owner.
+MAX_PAIRS = 1 << 24
+
+
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
     """How router logits become combine weights.
@@ -72,12 +76,13 @@ class RouterConfig:
                 where="RouterConfig.evidence_parts",
                 fix="set it to 0, or to 2 corpora or more beside evidence",
             )
-        if self.evidence_pairs and (self.evidence_pairs < 2 or not self.evidence):
+        known = 2 <= self.evidence_pairs <= MAX_PAIRS and self.evidence
+        if self.evidence_pairs and not known:
             raise ConfigError(
                 "Pairs of tokens are evidence, hashed to entries of a table",
                 got=f"evidence={self.evidence:g}, evidence_pairs={self.evidence_pairs}",
                 where="RouterConfig.evidence_pairs",
-                fix="set it to 0, or to 2 entries or more (such as 65536) beside evidence",
+                fix=f"set it to 0, or to 2 to {MAX_PAIRS} entries (such as 65536) beside evidence",
             )
 
     def without_evidence(self) -> "RouterConfig":

@@ -16,7 +16,8 @@ of its corpora, and a document is as public as the mean of its odds under them. 
 against what the anchor says then, whatever public text they have themselves.
 
 A table is made of one owner's text and public text alone, and belongs to the slice: denying an
-owner leaves every other owner's evidence as it is, bit for bit. Seldom tokens hardly show in it.
+owner leaves every other owner's evidence as it is, bit for bit. What stands once in the
+owner's text moves its entry by 0.7 nats (log 2) at most.
 """
 
 import dataclasses

@@ -229,10 +229,11 @@ def test_a_corpus_is_told_from_another(asked):
         RouterConfig("document", **asked)
 
 
-@pytest.mark.parametrize("asked", [{"evidence_pairs": 9}, {"evidence": 4.0, "evidence_pairs": -1}])
+@pytest.mark.parametrize("asked", [(0.0, 9), (4.0, -1), (4.0, 1), (4.0, 1 << 33)])
 def test_pairs_are_evidence(asked):
+    evidence_, pairs = asked
     with pytest.raises(ConfigError, match="Pairs of tokens are evidence"):
-        RouterConfig("document", **asked)
+        RouterConfig("document", evidence=evidence_, evidence_pairs=pairs)
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def parse_config(value: Any) -> ModelConfig | str:
     if config.to_json() != value:
         return "model does not list exactly the keys of this version's ModelConfig"
     sizes = [v for v in config.to_json().values() if isinstance(v, int)]
-    sizes += [config.adapters.attention, config.adapters.head, config.router.evidence_pairs]
+    sizes += [config.adapters.attention, config.adapters.head]
     if max(sizes) > 1 << 24 or max(config.n_slots, config.router.evidence_parts) > 1 << 12:
         return "model has sizes beyond any machine"
     return config
