@@ -35,8 +35,9 @@ TINY_OPTIM = {
         "load_balance": 0.01,
     },
 }
-# Public text in an expert's batches is what teaches its router row where to be quiet.
-TINY_PUBLIC_SHARE = 0.25
+# Public text in an expert's batches is what teaches its router row where to be quiet. Beside tables
+# of evidence, which know that already, a little will do; a row that judges alone needs a quarter.
+TINY_PUBLIC_SHARE = 1 / 16
 TINY_ROUTER = {
     "context": "document",
     "renormalize": False,

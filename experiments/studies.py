@@ -41,6 +41,7 @@ _PAPER = (
 )
 _LABEL = ("optim.router_label_loss=1.0",)
 SHARE = common.TINY_PUBLIC_SHARE
+QUARTER = 0.25
 EVIDENCE = common.TINY_ROUTER["evidence"]
 PAIRS = common.TINY_ROUTER["evidence_pairs"]
 HEAD = AdapterConfig(**common.TINY_ADAPTERS)
@@ -54,17 +55,26 @@ RECIPES = {
         pairs=PAIRS,
         says="the recipe of size tiny",
     ),
-    "tokens": Recipe(
+    "quarter": Recipe(
         "document",
-        SHARE,
+        QUARTER,
         adapters=HEAD,
         evidence=EVIDENCE,
         parts=True,
-        says="ours, evidence of single tokens",
+        pairs=PAIRS,
+        says="ours, a quarter of public text",
+    ),
+    "tokens": Recipe(
+        "document",
+        QUARTER,
+        adapters=HEAD,
+        evidence=EVIDENCE,
+        parts=True,
+        says="and evidence is of single tokens",
     ),
     "one-table": Recipe(
         "document",
-        SHARE,
+        QUARTER,
         adapters=HEAD,
         evidence=EVIDENCE,
         says="and public text is of one kind",
@@ -72,21 +82,21 @@ RECIPES = {
     "paper": Recipe(
         "token", 0.0, _PAPER, tuned=True, says="own text only, rows from document embeddings"
     ),
-    "public-share": Recipe("token", SHARE, _PAPER, says="paper, a quarter of public text"),
+    "public-share": Recipe("token", QUARTER, _PAPER, says="paper, a quarter of public text"),
     "label": Recipe(
-        "token", SHARE, (*_PAPER, *_LABEL), says="and rows that answer 'is this token mine?'"
+        "token", QUARTER, (*_PAPER, *_LABEL), says="and rows that answer 'is this token mine?'"
     ),
     "document": Recipe(
-        "document", SHARE, (*_PAPER, *_LABEL), says="and rows that judge the document so far"
+        "document", QUARTER, (*_PAPER, *_LABEL), says="and rows that judge the document so far"
     ),
     "ruler": Recipe(
         "document",
-        SHARE,
+        QUARTER,
         ("router_init.method=discriminant",),
         says="and rows that start at a log density ratio with the public ruler",
     ),
     "hidden": Recipe(
-        "document", SHARE, says="and are fitted to the trained pair: hidden states alone"
+        "document", QUARTER, says="and are fitted to the trained pair: hidden states alone"
     ),
     "ffn": Recipe(
         "document",
@@ -97,7 +107,7 @@ RECIPES = {
         says="ours, experts of FFNs alone",
     ),
     "no-evidence": Recipe(
-        "document", SHARE, adapters=HEAD, says="ours, rows judge by hidden states alone"
+        "document", QUARTER, adapters=HEAD, says="quarter, rows judge by hidden states alone"
     ),
     "attention": Recipe(
         "document",
@@ -132,7 +142,7 @@ RECIPES = {
     ),
     "hidden-rows": Recipe(
         "token",
-        SHARE,
+        QUARTER,
         (*_PAPER, "router_init.method=hidden_mean"),
         says="public-share, rows from the anchor's hidden states",
     ),

@@ -282,7 +282,7 @@ def test_recalibration_keeps_half_of_a_row_beside_evidence(texts):
     params = toy.params(c)
     halves = [{n: x[:, i : i + 1] for n, x in params["experts"].items()} for i in range(2)]
     made = router_init.recalibrate(run_config(texts), c, params["shared"], *halves)
-    np.testing.assert_array_equal(made["router"], 0.5 * np.asarray(halves[1]["router"]))
+    np.testing.assert_array_equal(made["router"], 0.25 * np.asarray(halves[1]["router"]))
     lower = np.logaddexp(0, made["bias"]) - np.logaddexp(0, np.asarray(halves[1]["bias"]))
     np.testing.assert_allclose(lower, router_init.MARGIN, rtol=1e-5)
     assert made["evidence"] is halves[1]["evidence"]

@@ -37,7 +37,7 @@ MAX_MEAN_LOGIT = 6.0
 RECALIBRATION, MARGIN = 0.25, 1.0
 # Beside tables of evidence: what is left of a trained row, and the effective bias that training
 # starts from.
-BESIDE_EVIDENCE, EVIDENCE_BIAS = 0.5, -1.0
+BESIDE_EVIDENCE, EVIDENCE_BIAS = 0.25, -1.0
 # Every so many positions are kept: neighbours of a running mean say the same.
 STRIDE = 12
 KEPT = slice(STRIDE // 2, None, STRIDE)
@@ -172,9 +172,9 @@ def recalibrate(
     says nothing of other owners' text. Without evidence the rows get a part of the discriminant of
     what they now read, which measures every owner with the public ruler: that is what lets rows
     that never met be compared. Both are log odds of "the owner's, not public", made from the same
-    two texts alone. Tables of evidence are such odds already; what a row has learnt on top of them
-    is halved. The biases get a margin, so that text which speaks for nobody stays public: several
-    owners together would otherwise outweigh the public expert.
+    two texts alone. Tables of evidence are such odds already; of what a row has learnt on top of
+    them a quarter is kept. The biases get a margin, so that text which speaks for nobody stays
+    public: several owners together would otherwise outweigh the public expert.
 
     Args:
       c: the two-slot architecture that the expert was trained in.
