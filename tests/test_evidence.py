@@ -276,7 +276,7 @@ def test_auto_is_what_suits_the_anchor():
     assert router_init.resolve(given, c) is given
 
 
-def test_recalibration_keeps_half_of_a_row_beside_evidence(texts):
+def test_recalibration_keeps_a_quarter_of_a_row_beside_evidence(texts):
     router_ = RouterConfig("document", evidence=4.0)
     c = toy.config(vocab_size=texts.vocab_size, n_slots=2, n_active=2, router=router_)
     params = toy.params(c)
@@ -284,5 +284,5 @@ def test_recalibration_keeps_half_of_a_row_beside_evidence(texts):
     made = router_init.recalibrate(run_config(texts), c, params["shared"], *halves)
     np.testing.assert_array_equal(made["router"], 0.25 * np.asarray(halves[1]["router"]))
     lower = np.logaddexp(0, made["bias"]) - np.logaddexp(0, np.asarray(halves[1]["bias"]))
-    np.testing.assert_allclose(lower, router_init.MARGIN, rtol=1e-5)
+    np.testing.assert_allclose(lower, 1.5, rtol=1e-5)
     assert made["evidence"] is halves[1]["evidence"]

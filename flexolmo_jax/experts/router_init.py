@@ -35,9 +35,9 @@ MAX_MEAN_LOGIT = 6.0
 # Weight of the discriminant beside the trained row, and what the effective biases are lowered
 # by (nats): chosen on the tuning text of seed 0 (LOG.md).
 RECALIBRATION, MARGIN = 0.25, 1.0
-# Beside tables of evidence: what is left of a trained row, and the effective bias that training
-# starts from.
-BESIDE_EVIDENCE, EVIDENCE_BIAS = 0.25, -1.0
+# Beside tables of evidence: what is left of a trained row, the margin, and the effective bias that
+# training starts from.
+BESIDE_EVIDENCE, EVIDENCE_MARGIN, EVIDENCE_BIAS = 0.25, 1.5, -1.0
 # Every so many positions are kept: neighbours of a running mean say the same.
 STRIDE = 12
 KEPT = slice(STRIDE // 2, None, STRIDE)
@@ -182,12 +182,12 @@ def recalibrate(
     """
     trained = placed.fetch({name: expert[name] for name in ("router", "bias")})
     if c.router.evidence:
-        router_LED = BESIDE_EVIDENCE * trained["router"]
+        router_LED, margin = BESIDE_EVIDENCE * trained["router"], EVIDENCE_MARGIN
     else:
         rows_LD = _discriminants(*_both_sides(config, c, shared, (public, expert)))
-        router_LED = trained["router"] + RECALIBRATION * rows_LD[:, None]
+        router_LED, margin = trained["router"] + RECALIBRATION * rows_LD[:, None], MARGIN
     # Effective biases are -softplus of the raw ones: this is its inverse at the lowered value.
-    lowered_LE = np.logaddexp(0.0, trained["bias"].astype(np.float64)) + MARGIN
+    lowered_LE = np.logaddexp(0.0, trained["bias"].astype(np.float64)) + margin
     bias_LE = lowered_LE + np.log(-np.expm1(-lowered_LE))
     return {
         **expert,
