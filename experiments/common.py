@@ -36,7 +36,8 @@ TINY_OPTIM = {
     },
 }
 # Public text in an expert's batches is what teaches its router row where to be quiet. Beside tables
-# of evidence, which know that already, a little will do; a row that judges alone needs a quarter.
+# of evidence, which know that already, a little will do; rows that judge alone had a quarter when
+# they were tuned (LOG.md).
 TINY_PUBLIC_SHARE = 1 / 16
 TINY_ROUTER = {
     "context": "document",

@@ -15,8 +15,8 @@ Expect:  tiny: the owner's held-out text improves by 12 to 61 % in bits per byte
     anchor's 0.95 (16 rows of 256 tokens).
 Differs from the anchor: two slots, no weight decay, a sixteenth of public text in the batches and a
     loss that asks the router row "is this token the owner's?" (tiny; other sizes follow the
-    paper: own text only, no such loss). Beside an anchor without tables of evidence rows are the
-    only judge, and public_share=0.25 is better.
+    paper: own text only, no such loss). Beside an anchor without tables of evidence, where rows are
+    the only judge, they were tuned with public_share=0.25.
 
 Argument: size, expert (the id), anchor (a model directory), own (directory with train and
 heldout), public (the same for public text, several joined by +), public_share (of the batches;

@@ -40,44 +40,30 @@ _PAPER = (
     "optim.router_z_loss=0.001",
 )
 _LABEL = ("optim.router_label_loss=1.0",)
-SHARE = common.TINY_PUBLIC_SHARE
+# Of public text, where rows are the only judge: what they were tuned with (LOG.md).
 QUARTER = 0.25
-EVIDENCE = common.TINY_ROUTER["evidence"]
-PAIRS = common.TINY_ROUTER["evidence_pairs"]
 HEAD = AdapterConfig(**common.TINY_ADAPTERS)
+OURS = Recipe(
+    "document",
+    common.TINY_PUBLIC_SHARE,
+    adapters=HEAD,
+    evidence=common.TINY_ROUTER["evidence"],
+    parts=True,
+    pairs=common.TINY_ROUTER["evidence_pairs"],
+    says="the recipe of size tiny",
+)
+
+
+def _ours(says: str, **changes: Any) -> Recipe:
+    return dataclasses.replace(OURS, says=says, **changes)
+
+
 RECIPES = {
-    "ours": Recipe(
-        "document",
-        SHARE,
-        adapters=HEAD,
-        evidence=EVIDENCE,
-        parts=True,
-        pairs=PAIRS,
-        says="the recipe of size tiny",
-    ),
-    "quarter": Recipe(
-        "document",
-        QUARTER,
-        adapters=HEAD,
-        evidence=EVIDENCE,
-        parts=True,
-        pairs=PAIRS,
-        says="ours, a quarter of public text",
-    ),
-    "tokens": Recipe(
-        "document",
-        QUARTER,
-        adapters=HEAD,
-        evidence=EVIDENCE,
-        parts=True,
-        says="and evidence is of single tokens",
-    ),
-    "one-table": Recipe(
-        "document",
-        QUARTER,
-        adapters=HEAD,
-        evidence=EVIDENCE,
-        says="and public text is of one kind",
+    "ours": OURS,
+    "quarter": _ours("ours, a quarter of public text", public_share=QUARTER),
+    "tokens": _ours("and evidence is of single tokens", public_share=QUARTER, pairs=0),
+    "one-table": _ours(
+        "and public text is of one kind", public_share=QUARTER, pairs=0, parts=False
     ),
     "paper": Recipe(
         "token", 0.0, _PAPER, tuned=True, says="own text only, rows from document embeddings"
@@ -98,45 +84,15 @@ RECIPES = {
     "hidden": Recipe(
         "document", QUARTER, says="and are fitted to the trained pair: hidden states alone"
     ),
-    "ffn": Recipe(
-        "document",
-        SHARE,
-        evidence=EVIDENCE,
-        parts=True,
-        pairs=PAIRS,
-        says="ours, experts of FFNs alone",
-    ),
+    "ffn": _ours("ours, experts of FFNs alone", adapters=AdapterConfig()),
     "no-evidence": Recipe(
         "document", QUARTER, adapters=HEAD, says="quarter, rows judge by hidden states alone"
     ),
-    "attention": Recipe(
-        "document",
-        SHARE,
-        adapters=AdapterConfig(attention=16),
-        evidence=EVIDENCE,
-        parts=True,
-        pairs=PAIRS,
-        says="ffn, and they add to attention (rank 16)",
+    "attention": _ours(
+        "ffn, and they add to attention (rank 16)", adapters=AdapterConfig(attention=16)
     ),
-    "norms": Recipe(
-        "document",
-        SHARE,
-        adapters=AdapterConfig(norms=True),
-        evidence=EVIDENCE,
-        parts=True,
-        pairs=PAIRS,
-        says="ffn, and they add to norms",
-    ),
-    "rows-alone": Recipe(
-        "document",
-        SHARE,
-        adapters=HEAD,
-        evidence=EVIDENCE,
-        parts=True,
-        pairs=PAIRS,
-        rows_of="ours",
-        says="ours, each owner's rows tuned alone afterwards",
-    ),
+    "norms": _ours("ffn, and they add to norms", adapters=AdapterConfig(norms=True)),
+    "rows-alone": _ours("ours, each owner's rows tuned alone afterwards", rows_of="ours"),
     "random-rows": Recipe(
         "token", 0.0, (*_PAPER, "router_init.method=random"), says="paper, rows drawn at random"
     ),
@@ -155,7 +111,7 @@ HELD = ("ffn", "attention", "norms", "rows-alone")
 SUITES = {
     "main": (("ours", "paper"), True),
     "ablations": (tuple(n for n in RECIPES if n not in HELD), False),
-    "held": (("ours", *HELD, "no-evidence", "hidden"), False),
+    "held": (("ours", *HELD, "quarter", "no-evidence", "hidden"), False),
     "opt-out": (("ours", "paper"), False),
     "active-experts": (("ours", "paper"), False),
     "scaling": (("ours",), False),
