@@ -51,6 +51,12 @@ def configure(a: ConfigDict) -> ConfigDict:
     share = a.public_share
     if share < 0:
         share = common.TINY_PUBLIC_SHARE if a.size == "tiny" else 0.0
+    if share >= 1:
+        raise ConfigError(
+            "Nothing is left of the batches for the owner's own text",
+            got=f"public_share={share:g}",
+            expected="less than 1; negative takes the recipe's",
+        )
     own = a.own or f"runs/demo/data/{a.expert}"
     public = a.public.split("+") if a.public else []
     if share > 0 and not public:

@@ -10,6 +10,7 @@ import pytest
 
 from flexolmo_jax import configfile, model, tree
 from flexolmo_jax.config import RouterConfig, RunConfig
+from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.interop import hf_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,6 +346,24 @@ def test_an_expert_of_an_imported_model_can_be_exported():
     assert anchor.router == RouterConfig(context="token", renormalize=True)
     stitched = anchor.replace(n_slots=2)
     assert hf_config.architecture_for(stitched).name == "MixtralForCausalLM"
+
+
+# Broken once by a share of 1 or more, which became a negative weight of the owner's text.
+@pytest.mark.parametrize(
+    ("share", "says"),
+    [("1", "Nothing is left"), ("2", "Nothing is left"), ("0.5,public=", "none is given")],
+)
+def test_an_expert_has_own_text_and_public_text_if_it_takes_any(share, says):
+    with pytest.raises(ConfigError, match=says):
+        configfile.load_run_config(f"{ROOT}/experiments/expert.py:public_share={share}")
+
+
+@pytest.mark.parametrize(("share", "own"), [("-1", 15 / 16), ("0.25", 0.75), ("0", 1.0)])
+def test_the_rest_of_an_experts_batches_is_public_text(share, own):
+    config = configfile.load_run_config(f"{ROOT}/experiments/expert.py:public_share={share}")
+    weights = [s.weight for s in config.data.sources]
+    assert weights[0] == own and sum(weights) == pytest.approx(1.0)
+    assert [s.public for s in config.data.sources] == [False] + [True] * (len(weights) - 1)
 
 
 def test_experiments_have_a_recipe_card():
