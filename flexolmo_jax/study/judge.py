@@ -64,6 +64,14 @@ class Mixture:
         return self.replace(config=self.config.replace(router=router))
 
 
+def stitched(layout: Layout, recipe: str, seed: int) -> Mixture:
+    """A recipe's finished experts of one seed, beside the anchor that they agree on."""
+    info, params, _ = model_dir.load_model(layout.anchor_of(recipe))
+    public = slices.take_slot(params["experts"], 0)
+    own = [weights.final(layout.run(recipe, o, seed)) for o in layout.study.owners]
+    return Mixture(params["shared"], weights.stacked([public, *own]), info.config)
+
+
 class Judge:
     """All that the methods of one seed are scored with."""
 
@@ -113,13 +121,7 @@ class Judge:
     @functools.cached_property
     def recipes(self) -> dict[str, Mixture]:
         """Recipe to its experts, each trained alone, in one mixture."""
-        return {name: self._stitched(name) for name in self.study.recipes}
-
-    def _stitched(self, name: str) -> Mixture:
-        info, params, _ = model_dir.load_model(self.at.anchor_of(name))
-        public = slices.take_slot(params["experts"], 0)
-        own = [weights.final(self.at.run(name, o, self.seed)) for o in self.study.owners]
-        return Mixture(params["shared"], weights.stacked([public, *own]), info.config)
+        return {name: stitched(self.at, name, self.seed) for name in self.study.recipes}
 
     def trained_together(self, run: str, start: str) -> Mixture:
         """A mixture that a run trained: all of it, or its router rows."""
