@@ -211,9 +211,29 @@ def test_parallel_jobs_overlap(tmp_path):
 def test_time_left_scales_with_what_was_measured(tmp_path):
     plan = plan_of(tmp_path, job("a", expected_s=10), job("b", expected_s=30))
     results = {"a": local.JobResult("a", "done", 20.0, "")}
-    assert local.time_left(plan, results, {}) == pytest.approx(60)
-    assert local.time_left(plan, results, {"b": 15.0}) == pytest.approx(45)
+    # A tenth of the plan, 4 s, counts as measured at the expected speed.
+    scale = (20 + 4) / (10 + 4)
+    assert local.time_left(plan, {}, {}) == pytest.approx(40)
+    assert local.time_left(plan, results, {}) == pytest.approx(30 * scale)
+    assert local.time_left(plan, results, {"b": 15.0}) == pytest.approx(30 * scale - 15)
     assert local.time_left(plan_of(tmp_path, job("a")), {}, {}) is None
+
+
+def test_time_left_of_jobs_side_by_side(tmp_path):
+    plan = plan_of(tmp_path, *(job(n, expected_s=10) for n in "abcd"))
+    assert local.time_left(plan, {}, {}, max_parallel=2) == pytest.approx(20)
+    # The last one has no company.
+    ended = {n: local.JobResult(n, "done", 10.0, "") for n in "abc"}
+    assert local.time_left(plan, ended, {"d": 4.0}, max_parallel=2) == pytest.approx(6)
+    assert local.time_left(plan, ended | {"d": ended["a"]}, {}, max_parallel=2) == 0
+
+
+def test_a_slow_start_of_small_jobs_does_not_multiply_the_rest(tmp_path):
+    small = [job(f"small{i}", expected_s=1) for i in range(5)]
+    plan = plan_of(tmp_path, *small, job("large", expected_s=1000))
+    ended = {j.name: local.JobResult(j.name, "done", 10.0, "") for j in small}
+    left = local.time_left(plan, ended, {})
+    assert left is not None and 1000 < left < 1500
 
 
 def test_progress_lines_name_the_job_and_its_place(tmp_path):

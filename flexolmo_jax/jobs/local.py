@@ -312,9 +312,8 @@ class _Runner:
     def _tell(self, kind: str, job: Job) -> None:
         now = time.monotonic()
         result = self.results.get(job.name)
-        left = time_left(
-            self.plan, self.results, {r.job.name: now - r.started for r in self.running}
-        )
+        running = {r.job.name: now - r.started for r in self.running}
+        left = time_left(self.plan, self.results, running, self.max_parallel)
         ended = tuple(self.results.values())
         self.report(Progress(kind, job, result, ended, now - self.started, left))
 
@@ -349,19 +348,28 @@ def _children_end_with_us() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def time_left(plan: Plan, results: dict[str, JobResult], running: dict[str, float]) -> float | None:
-    """Estimated seconds for the rest, if jobs ran one after another.
+def time_left(
+    plan: Plan, results: dict[str, JobResult], running: dict[str, float], max_parallel: int = 1
+) -> float | None:
+    """Estimated seconds until the plan is done; None if no job says what to expect.
 
-    Expected times are scaled by how the finished jobs compare with theirs.
+    Expected times are scaled by how the finished jobs compare with theirs. The first jobs of a
+    plan are often small and mostly start-up, so a tenth of the plan counts as finished in the
+    time that was expected.
+
+    Args:
+      running: seconds that each running job has taken so far, by name.
     """
     done = [j for j in plan.jobs if j.name in results and results[j.name].status == "done"]
-    expected = sum(j.expected_s for j in done)
+    open_jobs = [j for j in plan.jobs if j.name not in results]
     if not any(j.expected_s for j in plan.jobs):
         return None
+    expected = sum(j.expected_s for j in done)
     spent = sum(results[j.name].seconds for j in done if j.expected_s)
-    scale = spent / expected if expected else 1.0
-    open_jobs = [j for j in plan.jobs if j.name not in results]
-    return sum(max(0.0, j.expected_s * scale - running.get(j.name, 0.0)) for j in open_jobs)
+    prior = (expected + sum(j.expected_s for j in open_jobs)) / 10
+    scale = (spent + prior) / (expected + prior) if prior else 1.0
+    each = [max(0.0, j.expected_s * scale - running.get(j.name, 0.0)) for j in open_jobs]
+    return max(sum(each) / max_parallel, max(each, default=0.0))
 
 
 def failure_text(plan: Plan, results: list[JobResult]) -> str:
