@@ -268,3 +268,32 @@ def test_no_job_outlives_a_stopped_run(tmp_path):
         local.run(plan, report=stop)
     with pytest.raises(ProcessLookupError):
         os.kill(int(marker.read_text()), 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are pinned on Linux alone")
+def test_jobs_side_by_side_never_share_a_core(tmp_path, monkeypatch):
+    """Also when the first to start is the first to end, and another takes its place."""
+    pinned = {}
+    monkeypatch.setattr(local, "_pin", lambda pid, cores: pinned.update({pid: cores}))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    seen = tmp_path / "w" / "seen"
+    seen.parent.mkdir()
+    wait = (
+        "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.02)"
+    )
+    touch = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"
+    jobs = [job("a"), job("b", wait, seen), job("c"), job("d", touch, seen)]
+    local.run(plan_of(tmp_path, *jobs), max_parallel=2)
+    assert list(pinned.values()) == [[0], [1], [0], [0]]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are pinned on Linux alone")
+def test_a_job_beside_which_nothing_can_start_has_all_cores(tmp_path, monkeypatch):
+    pinned = {}
+    monkeypatch.setattr(local, "_pin", lambda pid, cores: pinned.update({pid: cores}))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    plan = plan_of(
+        tmp_path, job("anchor"), job("x", needs=("anchor",)), job("y", needs=("anchor",))
+    )
+    local.run(plan, max_parallel=2)
+    assert list(pinned.values()) == [[0, 1, 2, 3], [0, 1], [2, 3]]

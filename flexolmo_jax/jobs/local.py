@@ -30,6 +30,8 @@ OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS")
 OURS += ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LOOPBACK = "127.0.0.1"
 PREEMPTED = 75
+# A job that is no reason not to start those that need it.
+GOOD = ("done", "skipped")
 TAIL_LINES = 25
 POLL_S = 0.05
 # Time that a job gets to save its state when the run is stopped.
@@ -87,6 +89,7 @@ class _Running:
     processes: Sequence[_Process]
     digest: str
     started: float
+    slot: int
 
     def ended(self) -> tuple[int, int] | None:
         """(exit code, number of the process that decides it), or None while the job runs.
@@ -220,12 +223,15 @@ class _Runner:
     def _start_ready(self) -> None:
         for job in list(self.waiting):
             ended = [self.results[n].status for n in job.needs if n in self.results]
-            if any(status not in ("done", "skipped") for status in ended):
+            if any(status not in GOOD for status in ended):
                 self.waiting.remove(job)
                 self._end(job, "blocked", 0.0)
-            elif len(ended) == len(job.needs) and len(self.running) < self.max_parallel:
+            elif self._is_ready(job) and len(self.running) < self.max_parallel:
                 self.waiting.remove(job)
                 self._start(job)
+
+    def _is_ready(self, job: Job) -> bool:
+        return all(n in self.results and self.results[n].status in GOOD for n in job.needs)
 
     def _start(self, job: Job) -> None:
         stamp = stamps.read(self.plan, job)
@@ -239,13 +245,15 @@ class _Runner:
         Path(job.workdir).mkdir(parents=True, exist_ok=True)
         port = _free_port() if job.resources.processes > 1 else 0
         processes: list[_Process] = []
-        item = _Running(job, processes, digest, time.monotonic())
+        slot = min(set(range(self.max_parallel)) - {r.slot for r in self.running})
+        cores = self._cores(slot)
+        item = _Running(job, processes, digest, time.monotonic(), slot)
         # Known before the first starts, so that an interrupt stops those that have started.
         self.running.append(item)
         for index in range(job.resources.processes):
             child = self._spawn(job, index, port)
             processes.append(_Process(child))
-            self._pin(child.pid)
+            _pin(child.pid, cores)
         self._tell("start", job)
 
     def _spawn(self, job: Job, index: int, port: int) -> subprocess.Popen:
@@ -266,19 +274,19 @@ class _Runner:
                 where=shlex.join(job.command),
             ) from error
 
-    def _pin(self, pid: int) -> None:
-        """Gives parallel jobs disjoint cores; XLA takes as many threads as it may use cores."""
-        if self.max_parallel == 1 or not hasattr(os, "sched_setaffinity"):
-            return
+    def _cores(self, slot: int) -> list[int]:
+        """Cores of a job that is about to start: those of its slot, or all if it stays alone.
+
+        Parallel jobs have disjoint cores, since XLA takes as many threads as it may use cores.
+        With nothing beside it and nothing ready, nothing can start before this job ends.
+        """
+        if not hasattr(os, "sched_getaffinity"):
+            return []
         cores = sorted(os.sched_getaffinity(0))
+        if not self.running and not any(self._is_ready(job) for job in self.waiting):
+            return cores
         share = max(1, len(cores) // self.max_parallel)
-        slot = (len(self.running) - 1) % self.max_parallel
-        chosen = cores[slot * share : (slot + 1) * share] or cores
-        try:
-            os.sched_setaffinity(pid, chosen)
-        except ProcessLookupError:
-            # The process has already ended; its exit code is collected as usual.
-            return
+        return cores[slot * share : (slot + 1) * share] or cores
 
     def _collect(self) -> None:
         time.sleep(POLL_S)
@@ -346,6 +354,16 @@ def _children_end_with_us() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _pin(pid: int, cores: list[int]) -> None:
+    if not cores:
+        return
+    try:
+        os.sched_setaffinity(pid, cores)
+    except ProcessLookupError:
+        # The process has already ended; its exit code is collected as usual.
+        return
 
 
 def time_left(
