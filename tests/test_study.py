@@ -94,6 +94,15 @@ def test_the_job_of_an_owner_is_given_no_other_owners_text(tmp_path):
             assert not any(str(tmp_path / "data" / d) in text for d in others), job.name
 
 
+def test_slices_that_are_stitched_are_renewed_with_the_experts(tmp_path):
+    """What a job lists among its outputs is removed before it runs again."""
+    layout = jobs.Layout(tmp_path, STUDY)
+    made = {j.name: j.outputs for j in jobs.plan(STUDY, tmp_path, "assets").jobs}["models:s0"]
+    tuned = [name for name, recipe in STUDY.recipes.items() if recipe.tuned]
+    packaged = {str(layout.model(f"{name}-{o}", 0)) for name in tuned for o in STUDY.owners}
+    assert packaged and packaged <= set(made)
+
+
 def test_every_owner_trains_on_as_many_tokens_whatever_the_method(tmp_path):
     def steps(job):
         (found,) = [c for c in job.command if c.startswith("--config.optim.total_steps=")]

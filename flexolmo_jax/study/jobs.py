@@ -158,7 +158,9 @@ class _Maker:
             trained += [self._union(name, seed) for name in UNIONS]
         tuned = [r for r, recipe in self.study.recipes.items() if recipe.tuned]
         mixed = [*tuned, *(["btx"] if self.study.rivals else [])]
+        # With the slices they are stitched from, so that none of an earlier run is taken.
         models = [self.at.model(name, seed) for name in mixed]
+        models += [self.at.model(f"{r}-{o}", seed) for r in tuned for o in self.study.owners]
         finals = [Path(out) for job in trained for out in job.outputs if job.state]
         names = tuple(job.name for job in trained)
         # Two recipes may tune rows of the same experts, which are packaged once.

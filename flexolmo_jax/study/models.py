@@ -43,8 +43,7 @@ def make_models(layout: Layout, seed: int) -> dict:
             continue
         slices = [layout.model(f"{name}-{o}", seed) for o in study.owners]
         for owner, out in zip(study.owners, slices, strict=True):
-            if not out.exists():
-                package.package(layout.run(name, owner, seed), out)
+            package.package(layout.run(name, owner, seed), out)
         plan = stitch.plan(layout.anchor_of(name), slices, active=len(slices) + 1)
         stitch.execute(plan, layout.model(name, seed))
         made[name] = str(layout.model(name, seed))
