@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import math
+import types
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ from flexolmo_jax.study import (
     judge,
     mixing,
     page,
+    rivals,
     rows,
     run,
     scorer,
@@ -251,7 +253,8 @@ def test_leaving_is_exact_and_told_apart_from_not(scoring):
         study, part, seed = STUDY, scoring, 0
 
     found = judge.opt_out(Fake(), mixture, 2)
-    assert found["exact"] and found["checked"] == "code"
+    assert found["exact"] == {"1": True, "2": True}
+    assert found["checked"] == {"1": "code", "2": "code+news"}
     assert list(found["bpb"]) == ["", "code", "news", "code+news"]
     alone = scoring.bits(scoring.losses(anchor["shared"], anchor["experts"]))
     assert found["bpb"]["code+news"] == pytest.approx(alone, rel=1e-6)
@@ -304,11 +307,43 @@ def test_training_flops():
     union = judge.train_flops(real, config, "unrestricted-flops")
     assert ours == pytest.approx(union, rel=0.01)
     assert flops["unrestricted-data"] > flops["soup"]
-    # Broken once by counting what an anchor has room for.
+
+
+def test_rivals_cost_no_more_for_what_the_anchor_has_room_for():
+    """Mutation: the anchor's own architecture for all."""
     roomy = C.replace(adapters=AdapterConfig(head=4))
-    for name in ("btx", "soup", "unrestricted-data"):
-        assert judge.train_flops(STUDY, roomy, name) == flops[name]
-    assert judge.train_flops(STUDY, roomy, "ours") > flops["ours"]
+
+    fake = types.SimpleNamespace(
+        study=STUDY,
+        info=types.SimpleNamespace(config=roomy),
+        recipes={"ours": judge.Mixture({}, {}, roomy)},
+    )
+
+    def cost(name):
+        config = judge.config_of(fake, name)
+        method = rivals.Method({}, 2)
+        return judge.train_flops(STUDY, config, name), judge.active_params(config, method, "moe")
+
+    plain = rivals.Method({}, 2)
+    for name in ("btx", "unrestricted-data"):
+        flops = judge.train_flops(STUDY, C, name)
+        assert cost(name) == (flops, judge.active_params(C, plain, "moe"))
+    assert cost("ours")[0] > judge.train_flops(STUDY, C, "ours")
+    assert cost("ours")[1] > judge.active_params(C, plain, "moe")
+
+
+def test_how_far_apart_two_methods_are_has_an_error_over_text(scoring):
+    """Mutation: the errors of both methods taken as independent."""
+    a, b = (scoring.losses(m["shared"], m["experts"]) for m in (dense(0), dense(1)))
+    scores = {name: scoring.scores(found) for name, found in (("a", a), ("b", b))}
+    variance = 0.0
+    for d in a:
+        x, y = (np.asarray(scores[n][d].nats) for n in "ab")
+        size = np.asarray(scores["a"][d].bytes, float)
+        rest = (y - x) - (y - x).sum() / size.sum() * size
+        variance += len(x) / (len(x) - 1) * (rest**2).sum() / (size.sum() * np.log(2)) ** 2
+    assert scoring.gap_stderr(a, b) == pytest.approx(np.sqrt(variance) / len(a), rel=1e-6)
+    assert scoring.gap_stderr(a, a) == 0
 
 
 # --- Summary and page --------------------------------------------------------------------------
@@ -327,6 +362,7 @@ def fake_scores(seed):
             "train_flops": 1e12,
             "active_params": 1000,
             "chosen": {},
+            "gap_stderr": {"ours": 0.12, "ours+fallback": 0.12},
         }
         for name, value in bits.items()
     }
@@ -341,7 +377,7 @@ def fake_scores(seed):
             "news": {**even(1.5), "news": 1.98},
             "code+news": even(2.0),
         },
-        "exact": True,
+        "exact": {"1": True, "2": False},
     }
     recipe = {
         "pairs": {d: {"wiki": 2.0, d: 1.4} for d in STUDY.closed},
@@ -364,7 +400,11 @@ def test_means_errors_and_differences():
     ours = found["summary"]["ours"]
     assert ours["mean"] == pytest.approx(1.55) and ours["stderr"] == pytest.approx(0.05)
     gap = found["against"]["anchor"]["ours"]
-    assert gap["mean"] == pytest.approx(0.45) and gap["errors"] == pytest.approx(9.0)
+    # 0.05 over seeds, 0.12 over text: 0.13 together.
+    assert gap["mean"] == pytest.approx(0.45) and gap["errors"] == pytest.approx(0.45 / 0.13)
+    assert gap["stderr"] == pytest.approx(0.05) and gap["text"] == pytest.approx(0.12)
+    one = run.collect(STUDY, [fake_scores(0)])["against"]["anchor"]["ours"]
+    assert one["errors"] is None
     assert found["against"]["ours"]["ours"]["mean"] == 0
     keys = {"method", "seed", "bpb", "mean_closed", "mean_all", "train_flops", "active_params"}
     assert keys <= set(found["rows"][0])
@@ -378,7 +418,7 @@ def test_what_is_kept_and_what_leaving_does():
     one, two = found["opt_out"]["1"], found["opt_out"]["2"]
     assert one["left"]["mean"] == pytest.approx(0.01) and two["left"]["mean"] == pytest.approx(0)
     assert one["others"]["mean"] == pytest.approx(0.02) and one["worse"]["mean"] == 0
-    assert found["exact"]
+    assert found["exact"] == {"1": True, "2": False}
 
 
 def test_the_page_shows_every_method(tmp_path):

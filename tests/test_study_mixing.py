@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that mix models, against loops over documents written out one by one."""
 
+import types
+
 import numpy as np
 import pytest
 import toy
 
 from flexolmo_jax import evidence
 from flexolmo_jax.config import RouterConfig
-from flexolmo_jax.study import mixing
+from flexolmo_jax.study import mixing, rivals
 
 M, R, T, V = 3, 4, 12, 7
 PAIRS = toy.config(router=RouterConfig("document", evidence=1.0, evidence_pairs=500))
@@ -128,3 +130,22 @@ def test_a_classifier_of_pairs_knows_the_order(text):
     alone = mixing.PromptClassifier.fit(counts, 0.1, length=1, pairs=True)
     apart = mixing.Text(tokens, text.targets, segments, whole, text.size)
     assert (alone.classes(apart) == 0).all()
+
+
+def test_several_classes_of_a_classifier_may_belong_to_one_model(text):
+    """Mutation: the number of the class taken for that of the model."""
+    nll = np.stack([np.full((R, T), value, float) for value in (1.0, 2.0)])
+    tokens = np.resize([[0], [1], [2]], (R, 1)) * np.ones((1, T), int)
+    asked = mixing.Text(
+        tokens, text.targets, np.ones((R, T), int), np.ones((R, T), bool), text.size
+    )
+
+    scorer = types.SimpleNamespace(
+        texts={"all": asked}, bits=lambda found: {d: float(x.mean()) for d, x in found.items()}
+    )
+    split = rivals.Split(scorer, {"all": nll})
+    counts = np.eye(V)[:3] * 50
+    classes = [("public", counts[0]), ("public", counts[1]), ("code", counts[2])]
+    found = rivals.prompt_routing(split, split, classes, ["public", "code"], pairs=False)
+    expected = np.where(tokens == 2, 2.0, 1.0)
+    np.testing.assert_array_equal(found.losses["all"], expected)

@@ -159,6 +159,11 @@ class Study:
         return ("",) if self.brief else ("", "+fallback")
 
     @property
+    def compared(self) -> tuple[str, ...]:
+        """Methods that all others are compared with: the first recipe and its close variants."""
+        return tuple(f"{next(iter(self.recipes))}{variant}" for variant in self.close)
+
+    @property
     def domains(self) -> tuple[str, ...]:
         """Every corpus, in the order of tables."""
         return (*self.public, *self.closed, *self.unseen)

@@ -98,23 +98,27 @@ class Judge:
         owned = {o: weights.final(self.at.run("dense", o, self.seed)) for o in self.study.owners}
         return {PUBLIC: self.anchor, **owned}
 
-    def counts(self) -> dict[str, dict[str, np.ndarray]]:
-        """Of tokens, and of pairs if a recipe does, in each owner's training text and in public's.
+    def classes(self) -> dict[str, rivals.Classes]:
+        """What a classifier may know of everybody's training text: by tokens, and by pairs of them.
 
-        Pairs are given to rivals because ours reads them.
+        Rivals are given what a recipe of ours reads: counts of pairs, and public text by corpus.
         """
+        recipes = self.study.recipes.values()
         public = [self.at.data(d, "train") for d in self.study.public]
-        paths = {o: [self.at.own(o) / "train"] for o in self.study.owners} | {PUBLIC: public}
+        parts = any(r.parts for r in recipes)
+        # Public first: where nothing is known, the first class is taken.
+        paths = [(PUBLIC, [p]) for p in public] if parts else [(PUBLIC, public)]
+        paths += [(o, [self.at.own(o) / "train"]) for o in self.study.owners]
         kinds = {"tokens": self.info.config.replace(router=RouterConfig())}
-        if pairs := max(r.pairs for r in self.study.recipes.values()):
+        if pairs := max(r.pairs for r in recipes):
             router = RouterConfig("document", evidence=1.0, evidence_pairs=pairs)
             kinds["pairs"] = self.info.config.replace(router=router)
-        opened = {n: [shards.open_shards(p) for p in ps] for n, ps in paths.items()}
+        opened = [(n, [shards.open_shards(p) for p in ps]) for n, ps in paths]
         return {
-            kind: {
-                name: np.sum([evidence.count(c, s.tokens(0, s.n_tokens)) for s in texts], axis=0)
-                for name, texts in opened.items()
-            }
+            kind: [
+                (name, np.sum([evidence.count(c, s.tokens(0, s.n_tokens)) for s in texts], axis=0))
+                for name, texts in opened
+            ]
             for kind, c in kinds.items()
         }
 
@@ -159,7 +163,7 @@ def methods(j: Judge) -> dict[str, tuple[Method, str]]:
             add(name, j.choose_active(m), "mixture")
     if j.study.rivals:
         splits = [rivals.Split.of(s, j.dense) for s in (j.tuning, j.heldout)]
-        for name, method in rivals.of_dense_models(*splits, j.dense, j.counts()).items():
+        for name, method in rivals.of_dense_models(*splits, j.dense, j.classes()).items():
             add(name, method, "dense")
     return found
 
@@ -257,22 +261,27 @@ def active_curve(j: Judge, m: Mixture) -> dict[str, dict[str, float]]:
 def opt_out(j: Judge, m: Mixture, n_active: int) -> dict[str, Any]:
     """Denied owners, none, one, and more at once, to bits per byte of each domain; and exactness.
 
-    `exact` compares the losses without an owner bit for bit with those of a mixture whose slot
-    was never filled.
+    `exact` is, for each number of owners who leave, of one set of them (another for each seed):
+    it compares the losses without them bit for bit with those of a mixture whose slots were never
+    filled.
     """
     owners, out = tuple(j.study.owners), {}
+    exact, checked = {}, {}
     for count in range(j.study.together + 1):
-        for gone in itertools.combinations(owners, count):
+        sets = list(itertools.combinations(owners, count))
+        for i, gone in enumerate(sets):
             allowed = [True, *(o not in gone for o in owners)]
-            out["+".join(gone)] = j.part.bits(m.losses(j.part, n_active, allowed=allowed))
-    gone = owners[j.seed % len(owners)]
-    allowed = [True, *(o != gone for o in owners)]
-    pieces = [slices.take_slot(m.group, e) if ok else None for e, ok in enumerate(allowed)]
-    never = m.replace(group=weights.stacked(pieces))
-    denied = m.losses(j.part, n_active, allowed=allowed)
-    absent = never.losses(j.part, n_active, allowed=allowed)
-    exact = all(np.array_equal(denied[d], absent[d]) for d in denied)
-    return {"bpb": out, "exact": exact, "checked": gone}
+            denied = m.losses(j.part, n_active, allowed=allowed)
+            out["+".join(gone)] = j.part.bits(denied)
+            if gone and i == j.seed % len(sets):
+                pieces = [
+                    slices.take_slot(m.group, e) if x else None for e, x in enumerate(allowed)
+                ]
+                never = m.replace(group=weights.stacked(pieces))
+                absent = never.losses(j.part, n_active, allowed=allowed)
+                exact[str(count)] = all(np.array_equal(denied[d], absent[d]) for d in denied)
+                checked[str(count)] = "+".join(gone)
+    return {"bpb": out, "exact": exact, "checked": checked}
 
 
 def owners_curve(
@@ -294,6 +303,17 @@ def recipe_of(study: Study, name: str) -> str:
     return max((r for r in study.recipes if name.startswith(r)), key=len, default="")
 
 
+def config_of(j: Judge, name: str) -> ModelConfig:
+    """The architecture of what a method is made of.
+
+    Rivals are made of FFNs alone, whatever the anchor has room for.
+    """
+    recipe = recipe_of(j.study, name)
+    if recipe:
+        return j.recipes[recipe].config
+    return j.info.config.replace(adapters=AdapterConfig())
+
+
 def train_flops(study: Study, config: ModelConfig, name: str) -> float:
     """FLOPs of all training beyond the anchor's that a method needs, over all owners.
 
@@ -301,12 +321,10 @@ def train_flops(study: Study, config: ModelConfig, name: str) -> float:
     frozen.
 
     Args:
-      config: of the recipe's experts, else of the anchor.
+      config: as `config_of` gives it.
     """
     owners, tokens = len(study.owners), study.owner_tokens
     recipe = recipe_of(study, name)
-    if not recipe:  # Whatever the anchor has room for, rivals are made of FFNs alone.
-        config = config.replace(adapters=AdapterConfig())
     router_tokens = study.steps["router"] * study.batch_rows * study.seq_len
 
     def cost(stage: str, active: int = 1) -> float:
@@ -350,13 +368,16 @@ def run(layout: Layout, seed: int, say: Say) -> dict[str, Any]:
     found = methods(j)
     answered = _answered(j, found) if j.study.tasks else {}
     for name, (method, kind) in found.items():
-        recipe = recipe_of(j.study, name)
-        config = j.recipes[recipe].config if recipe else j.info.config
+        config = config_of(j, name)
         out["methods"][name] = {
             "bpb": {d: s.summary() for d, s in j.heldout.scores(method.losses).items()},
             "train_flops": train_flops(j.study, config, name),
             "active_params": active_params(config, method, kind),
             "chosen": dict(method.chosen),
+            "gap_stderr": {
+                ours: j.heldout.gap_stderr(found[ours][0].losses, method.losses)
+                for ours in j.study.compared
+            },
         }
         if name in answered:
             out["methods"][name]["tasks"] = answered[name]

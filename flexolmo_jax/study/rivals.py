@@ -16,9 +16,11 @@ from flexolmo_jax.study import mixing
 from flexolmo_jax.study.scorer import Losses, Scorer
 
 # Four values each: temperatures of a posterior (nats), of a soup's weights, and smoothing.
-TAUS = {False: (0.03, 0.1, 0.3, 1.0), True: (1.0, 3.0, 10.0, 30.0)}
+TAUS = {False: (0.03, 0.1, 0.3, 1.0), True: (3.0, 10.0, 30.0, 100.0)}
 SOUP_TAUS = (0.03, 0.1, 0.3, 1.0)
 SMOOTHING = (0.1, 1.0, 10.0, 100.0)
+# Classes of a classifier: the model that a class is sent to, and counts of its training text.
+Classes = Sequence[tuple[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +100,21 @@ def weighted_soup(
 
 
 def prompt_routing(
-    tuning: Split, heldout: Split, counts: Sequence[np.ndarray], pairs: bool
+    tuning: Split, heldout: Split, classes: Classes, models: Sequence[str], pairs: bool
 ) -> Method:
     """Every piece of text goes to one dense model, named by a classifier of its first tokens.
 
     Args:
-      counts: of tokens, or of pairs of them, in the training text of each model of the table.
+      classes: what the classifier tells apart; several may belong to one model.
+      models: names in the order of the splits' tables.
     """
-    counts_CX = np.stack(counts)
+    counts_CX = np.stack([counts for _, counts in classes])
+    model_C = np.asarray([models.index(name) for name, _ in classes])
 
     def routed(split: Split, smoothing: float) -> Losses:
         classifier = mixing.PromptClassifier.fit(counts_CX, smoothing, pairs=pairs)
         return {
-            d: mixing.chosen(nll, classifier.classes(split.scorer.texts[d]))
+            d: mixing.chosen(nll, model_C[classifier.classes(split.scorer.texts[d])])
             for d, nll in split.nll.items()
         }
 
@@ -122,18 +126,17 @@ def of_dense_models(
     tuning: Split,
     heldout: Split,
     models: Mapping[str, tree.Tree],
-    counts: Mapping[str, Mapping[str, np.ndarray]],
+    classes: Mapping[str, Classes],
 ) -> dict[str, Method]:
     """What needs the anchor and all of the owners' dense models at once, without training.
 
     Args:
-      counts: "tokens", and "pairs" if a recipe has evidence of pairs; to counts in the training
-        text of each model.
+      classes: of a classifier by "tokens", and by "pairs" if a recipe has evidence of pairs.
     """
     names, domains = list(models), list(heldout.nll)
     out = {"soup-weighted": weighted_soup(tuning, heldout, models, domains)}
-    for kind, of in counts.items():
-        routed = prompt_routing(tuning, heldout, [of[n] for n in names], kind == "pairs")
+    for kind, of in classes.items():
+        routed = prompt_routing(tuning, heldout, of, names, kind == "pairs")
         out["prompt-routing-pairs" if kind == "pairs" else "prompt-routing"] = routed
     for causal in (False, True):
         for top in (1, 2, 0):

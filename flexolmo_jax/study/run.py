@@ -102,7 +102,6 @@ def collect(study: Study, scores: Sequence[summary.Scores]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for recipe in study.recipes:
         facts |= summary.recipe_facts(study, scores, recipe)
-    ours = next(iter(study.recipes))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     return {
         "digests": {"anchor": scores[0]["anchor_digest"]},
@@ -110,10 +109,7 @@ def collect(study: Study, scores: Sequence[summary.Scores]) -> dict[str, Any]:
         "summary": summary.summary(rows),
         "facts": facts,
         "against": {
-            method: {
-                m: summary.difference(rows, m, method, "mean_all")
-                for m in (f"{ours}{variant}" for variant in study.close)
-            }
+            method: {ours: summary.difference(rows, ours, method) for ours in study.compared}
             for method in methods
         },
         "curves": summary.curves(study, scores),

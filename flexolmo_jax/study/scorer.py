@@ -100,6 +100,21 @@ class Scorer:
         """Domain to bits per byte."""
         return {domain: s.bits_per_byte for domain, s in self.scores(losses).items()}
 
+    def gap_stderr(self, mine: Losses, other: Losses) -> float | None:
+        """Standard error over pieces of text of how far apart two means over all domains are.
+
+        Both methods are scored on the same pieces, which is taken into account; seeds are not.
+        None where a domain has one piece.
+        """
+        errors = []
+        a, b = self.scores(mine), self.scores(other)
+        for domain in mine:
+            gap = (np.asarray(b[domain].nats) - np.asarray(a[domain].nats)) / evaluate.LN2
+            errors.append(evaluate.ratio(gap, np.asarray(a[domain].bytes, float))[1])
+        if None in errors:
+            return None
+        return float(np.sqrt(np.sum(np.square(errors))) / len(errors))
+
     def _over_texts(self, score: Callable[..., jax.Array], domains: Sequence[str] | None) -> Losses:
         found = {
             domain: [score(batch) for _, batch in _batches(self.texts[domain])]

@@ -25,6 +25,7 @@ def rows(study: Study, scores: Sequence[Scores]) -> list[dict[str, Any]]:
             "active_params": m["active_params"],
             "chosen": {k: v["value"] for k, v in m["chosen"].items()},
             "tasks": {t: s["value"] for t, s in m.get("tasks", {}).items()},
+            "gap_stderr": m["gap_stderr"],
         }
         for found in scores
         for name, m in found["methods"].items()
@@ -71,16 +72,24 @@ def summary(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def difference(found: Sequence[Mapping[str, Any]], ours: str, other: str, key: str) -> dict:
-    """How much lower `ours` is than `other`, paired by seed, and that in standard errors."""
+def difference(found: Sequence[Mapping[str, Any]], ours: str, other: str) -> dict[str, Any]:
+    """How much lower the mean over all domains of `ours` is than that of `other`.
 
-    def by_seed(method: str) -> dict[int, float]:
-        return {row["seed"]: row[key] for row in found if row["method"] == method}
+    Returns:
+      the estimate, paired by seed; `text`: its standard error over pieces of text, which all seeds
+      share (mean over seeds); `errors`: the mean in standard errors of both kinds together.
+    """
+
+    def by_seed(method: str) -> dict[int, Mapping[str, Any]]:
+        return {row["seed"]: row for row in found if row["method"] == method}
 
     mine, theirs = by_seed(ours), by_seed(other)
-    gap = estimate([theirs[seed] - mine[seed] for seed in mine])
-    error = gap["stderr"]
-    return {**gap, "errors": gap["mean"] / error if error else None}
+    gap = estimate([theirs[seed]["mean_all"] - mine[seed]["mean_all"] for seed in mine])
+    each = [row["gap_stderr"][ours] for row in theirs.values()]
+    text = None if None in each else float(np.mean(each))
+    both = math.hypot(gap["stderr"] or 0.0, text or 0.0)
+    known = gap["stderr"] is not None and text is not None and both > 0
+    return {**gap, "text": text, "errors": gap["mean"] / both if known else None}
 
 
 def gain_kept(study: Study, found: Scores, recipe: str, method: str) -> dict[str, float]:
@@ -104,7 +113,7 @@ def opt_out(study: Study, found: Scores, recipe: str, kind: str) -> dict[str, An
     """
     sets = found["recipes"][recipe][kind]
     anchor, whole = found["recipes"][recipe]["part"], sets["bpb"][""]
-    out: dict[str, Any] = {"exact": sets["exact"]}
+    out: dict[str, Any] = {}
     for name, bits in sets["bpb"].items():
         if not name:
             continue
@@ -112,7 +121,8 @@ def opt_out(study: Study, found: Scores, recipe: str, kind: str) -> dict[str, An
         count = str(name.count("+") + 1)
         against = {d: bits[d] / anchor[d] - 1 for d in study.domains}
         moved = {d: bits[d] / whole[d] - 1 for d in study.domains if d not in gone}
-        mine = out.setdefault(count, {"left": -1.0, "any": -1.0, "others": 0.0, "worse": 0.0})
+        start = {"left": -1.0, "any": -1.0, "others": 0.0, "worse": 0.0}
+        mine = out.setdefault(count, start)
         mine["left"] = max(mine["left"], *(against[d] for d in gone))
         mine["any"] = max(mine["any"], *against.values())
         mine["others"] = max(mine["others"], *(abs(v) for v in moved.values()))
@@ -127,14 +137,14 @@ def recipe_facts(study: Study, scores: Sequence[Scores], recipe: str) -> dict[st
         method, kind = f"{recipe}{variant}", f"opt_out{variant.replace('+', '_')}"
         kept = [gain_kept(study, s, recipe, method) for s in scores]
         leaving = [opt_out(study, s, recipe, kind) for s in scores]
-        counts = [key for key in leaving[0] if key != "exact"]
+        exact = [s["recipes"][recipe][kind]["exact"] for s in scores]
         out[method] = {
             "gain_kept": {o: estimate([k[o] for k in kept]) for o in study.owners},
             "public": estimate([_public(study, s, method) for s in scores]),
-            "exact": all(x["exact"] for x in leaving),
+            "exact": {n: all(x[n] for x in exact) for n in exact[0]},
             "opt_out": {
                 n: {key: estimate([x[n][key] for x in leaving]) for key in leaving[0][n]}
-                for n in counts
+                for n in leaving[0]
             },
         }
     return out

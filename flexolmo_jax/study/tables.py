@@ -19,7 +19,7 @@ SAYS = {
     "btm-all": "all of them",
     "btm-causal-1": "the dense model that fits the piece so far best",
     "btm-causal-2": "two of them",
-    "btm-causal-all": "all of them (Bayesian posterior at tau 1)",
+    "btm-causal-all": "all of them",
     "oracle-domain": "oracle: the best dense model of each domain",
     "oracle-token": "oracle: the best dense model of each token",
     "btx": "dense FFNs as experts, the rest averaged, router trained on public text",
@@ -142,14 +142,14 @@ def joining(study: Study, results: Json) -> str:
 
 def opt_out(study: Study, results: Json) -> str:
     """What leaving does, by recipe and number of owners who leave."""
-    head = ("method", "owners gone", "bit-equal to never there", "worst domain vs anchor, %",
-            "worst domain of who left vs anchor, %", "others moved at most, %",
-            "others worse at most, %")  # fmt: skip
+    head = ("method", "owners gone", "bit-equal to never there (a set per seed)",
+            "worst domain vs anchor, %", "worst domain of who left vs anchor, %",
+            "others moved at most, %", "others worse at most, %")  # fmt: skip
     rows = [
         (
             name,
             count,
-            "yes" if f["exact"] else "NO",
+            "yes" if f["exact"][count] else "NO",
             *(number(x[key], 100, 2, "+") for key in ("any", "left", "others", "worse")),
         )
         for name, f in results["facts"].items()
@@ -161,11 +161,13 @@ def opt_out(study: Study, results: Json) -> str:
 def against(results: Json) -> str:
     """How far the first recipe is below each method, in standard errors of paired differences."""
     names = tuple(next(iter(results["against"].values())))
-    head = ("method", *(f"below it: {n}" for n in names), "in standard errors")
+    head = ("method", *(f"below it: {n}" for n in names), "± over text", "in errors of both kinds")
     rows = []
     for method in ordered(results):
         found = results["against"][method]
         errors = [found[n]["errors"] for n in names]
         shown = [f"{e:+.1f}" if e is not None else "–" for e in errors]
-        rows.append((method, *(number(found[n], 1, 4, "+") for n in names), " / ".join(shown)))
+        text = [f"{t:.4f}" if (t := found[n]["text"]) is not None else "–" for n in names]
+        gaps = [number(found[n], 1, 4, "+") for n in names]
+        rows.append((method, *gaps, " / ".join(text), " / ".join(shown)))
     return table(head, rows)
