@@ -135,6 +135,42 @@ def test_a_file_that_changes_after_it_was_checked_is_refused(world, linked, monk
     model_dir.load_model(linked, experts={"public", "news"})
 
 
+def test_bytes_that_were_others_while_they_were_read_are_refused(world, linked, monkeypatch):
+    """Their owner puts them back, and the clock too; a model of other weights must not load."""
+    victim = world.root / "slices/code/params/w_up/0.0.0"
+    honest, status, place = victim.read_bytes(), victim.stat(), loading.place
+
+    def write(data):
+        with victim.open("r+b") as file:
+            file.write(data)
+        os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def twisted(*args):
+        write(bytes(reversed(honest)))
+        found = place(*args)
+        write(honest)
+        return found
+
+    monkeypatch.setattr(loading, "place", twisted)
+    (found,) = problems_of(model_dir.load_model, linked)
+    assert (found.code, found.path) == ("changed-while-read", str(victim))
+
+
+def test_a_new_hard_link_to_a_file_that_is_being_read_is_no_harm(world, linked, monkeypatch):
+    victim, place = world.root / "slices/code/params/w_up/0.0.0", loading.place
+    calls = []
+
+    def late(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            os.link(victim, world.root / "another")
+        return place(*args)
+
+    whole = model_dir.load_model(linked)[1]
+    monkeypatch.setattr(loading, "place", late)
+    assert leaf_equal(model_dir.load_model(linked)[1], whole) and len(calls) == 2
+
+
 def test_unstitch_gives_back_what_the_owner_shipped(world, linked, tmp_path):
     for name, info in world.slices.items():
         result = stitch.unstitch(linked, name, tmp_path / name)

@@ -26,6 +26,9 @@ from flexolmo_jax.experts import leafio, onepass
 
 # Host memory for shards on their way to a device.
 BUDGET = 1 << 30
+CHANGED = "changed-while-read"
+# How often files are read that somebody touches meanwhile.
+TRIES = 3
 ShardingFn = Callable[[str, tuple[int, ...]], Sharding | None]
 
 
@@ -114,23 +117,46 @@ def load(
 ) -> Loaded:
     """Checks files, then makes the arrays; by their shardings, numpy arrays where there is none.
 
-    All processes of a mesh must call this with the same sources.
+    All processes of a mesh must call this with the same sources. Files of a linked model are not
+    this model's alone, so they must still be the ones that were checked once they were read. Where
+    only the time of their status is another (a new hard link, or bytes that were changed and a
+    clock that was set back), all is checked and read again.
 
     Args:
       items: files to check first; none trusts them.
       together: each process checks a share of the items, and all refuse what one finds.
     """
-    judged = _judged_together(items) if together else onepass.judge(items)
-    if judged.problems:
-        return Loaded({}, judged.problems)
-    arrays = place(sources, sharding_fn)
-    # Files of a linked model are not this model's alone: they must be the ones that were checked.
-    changed = [
-        Problem("changed-while-read", str(path), "", "it was checked, then changed or replaced")
-        for path, seen in judged.stamps.items()
-        if not path.exists() or onepass.stamp(path.lstat()) != seen
-    ]
-    return Loaded({} if changed else arrays, changed)
+    for _ in range(TRIES):
+        judged = _judged_together(items) if together else onepass.judge(items)
+        if judged.problems:
+            return Loaded({}, judged.problems)
+        arrays = place(sources, sharding_fn)
+        changed, unsure = _compared(judged.stamps)
+        if together:
+            found = multihost_utils.process_allgather(np.int32([len(changed), len(unsure)]))
+            elsewhere, again = found.reshape(-1, 2).sum(axis=0)
+        else:
+            elsewhere, again = len(changed), len(unsure)
+        if not elsewhere and not again:
+            return Loaded(arrays, [])
+        del arrays
+        if elsewhere:
+            break
+    return Loaded({}, changed or unsure or [Problem(CHANGED, "", "", "in another process")])
+
+
+def _compared(stamps: Mapping[Path, onepass.Stamp]) -> tuple[list[Problem], list[Problem]]:
+    """Files that are no longer what was checked, and those of which that is not known."""
+    changed, unsure = [], []
+    for path, seen in stamps.items():
+        now = onepass.Stamp.of(path.lstat()) if path.exists() else None
+        if now is None or now.file != seen.file:
+            message = "it was checked, then changed or replaced"
+            changed.append(Problem(CHANGED, str(path), "", message))
+        elif now != seen:
+            message = f"it was touched while it was read, {TRIES} times in a row"
+            unsure.append(Problem(CHANGED, str(path), "", message))
+    return changed, unsure
 
 
 def _judged_together(items: Sequence[onepass.Item]) -> onepass.Judged:

@@ -60,6 +60,28 @@ class Item:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stamp:
+    """What the system says of a file.
+
+    Attributes:
+      file: which one it is, its size and when its bytes were last written; a writer can set that
+        time back.
+      status: when anything about it changed; nobody can set it, but a new hard link to the file
+        changes it too.
+    """
+
+    file: tuple[int, ...]
+    status: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "Stamp":
+        """The stamp of a file that was opened or looked up."""
+        return cls(
+            (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns), found.st_ctime_ns
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Judged:
     """What a pass found.
 
@@ -70,13 +92,7 @@ class Judged:
 
     problems: list[Problem]
     size: int
-    stamps: dict[Path, tuple[int, ...]]
-
-
-def stamp(status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from one that was changed or put in its place."""
-    # No ctime: it also changes when somebody makes a hard link to the file.
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    stamps: dict[Path, Stamp]
 
 
 def workers() -> int:
@@ -140,7 +156,7 @@ class _Pass:
                 if item.nbytes not in (None, status.st_size):
                     message = f"{status.st_size} bytes, expected {item.nbytes}"
                     return [Problem("file-size", where, "", message)]
-                self.stamps[item.path] = stamp(status)
+                self.stamps[item.path] = Stamp.of(status)
                 return self._through(item, file)
         except FileNotFoundError:
             return [Problem("file-missing", where, "", "listed, but not there")]
