@@ -150,6 +150,26 @@ def test_the_router_is_the_one_the_slices_were_trained_with(world, tmp_path):
     assert stitch.plan(world.anchor.path, [silent]).config.router == world.anchor.config.router
 
 
+def test_a_router_of_other_leaves_than_the_anchors_is_refused(world, tmp_path):
+    """Else the model would be written, and no command could read it."""
+    recipe = {"router": {"context": "document", "evidence": 4.0}}
+    odd = make_slice(tmp_path / "odd", world.anchor, "odd", recipe=recipe).path
+    with pytest.raises(RefusedError) as error:
+        stitch.plan(world.anchor.path, [odd])
+    (found,) = error.value.problems
+    assert (found.code, found.path) == ("router-mismatch", str(odd))
+
+
+def test_the_slice_that_differs_from_the_anchors_router_is_the_one_named(world, tmp_path):
+    """Mutation: the first by path is right."""
+    recipe = {"router": {"context": "document"}}
+    odd = make_slice(tmp_path / "a", world.anchor, "a", recipe=recipe).path
+    honest = [make_slice(tmp_path / n, world.anchor, n, recipe={}).path for n in ("b", "c")]
+    with pytest.raises(RefusedError) as error:
+        stitch.plan(world.anchor.path, [odd, *honest])
+    assert [p.path for p in error.value.problems] == [str(odd)]
+
+
 def test_a_plan_reads_no_weights_and_writes_nothing(world, tmp_path, monkeypatch):
     opened, original = [], builtins.open
 

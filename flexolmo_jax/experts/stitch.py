@@ -159,18 +159,40 @@ def _together_problems(
             message = f"expert {piece.expert!r} is also given by {seen[piece.expert]}"
             out.append(Problem("duplicate-expert", str(piece.path), "", message))
         seen[piece.expert] = piece.path
-    routers = {str(piece.path): _router_of(base, piece) for piece in pieces}
-    wanted = next(iter(sorted(routers.items())), None)
-    for path, router in routers.items():
-        if isinstance(router, str):
-            out.append(Problem("router-mismatch", path, "", router))
-        elif wanted and not isinstance(wanted[1], str) and router != wanted[1]:
-            message = f"was trained with {router}, the slice {wanted[0]} with {wanted[1]}"
-            out.append(Problem("router-mismatch", path, "", message))
+    out += _router_problems(base, pieces)
     if like is not None and like.anchor_digest != base.anchor_digest:
         message = f"anchor_digest is {like.anchor_digest}, the anchor has {base.anchor_digest}"
         out.append(Problem("wrong-anchor", str(like.path), "", message))
     return out
+
+
+def _router_problems(
+    base: model_info.ModelInfo, pieces: Sequence[slices.SliceInfo]
+) -> list[Problem]:
+    """Slices that do not say which router, or not that of the others, or one of other leaves."""
+    out, whose = [], {}
+    for piece in sorted(pieces, key=lambda p: str(p.path)):
+        router = _router_of(base, piece)
+        if isinstance(router, str):
+            out.append(Problem("router-mismatch", str(piece.path), "", router))
+        elif _leaves(base.config.replace(router=router)) != _leaves(base.config):
+            message = f"was trained with {router}, whose leaves are not those of the anchor's "
+            message += f"{base.config.router}"
+            out.append(Problem("router-mismatch", str(piece.path), "", message))
+        else:
+            whose.setdefault(router, []).append(str(piece.path))
+    # Right is what the anchor says, if any slice does, else the first one.
+    right = base.config.router if base.config.router in whose else next(iter(whose), None)
+    for router, paths in whose.items():
+        for path in paths if router != right else ():
+            message = f"was trained with {router}, the slice {whose[right][0]} with {right}"
+            out.append(Problem("router-mismatch", path, "", message))
+    return out
+
+
+def _leaves(config: ModelConfig) -> dict[str, Any]:
+    """Shape and dtype of every leaf that a model of this configuration has."""
+    return {**model_info.expected_shared(config), **slices.expected_slice(config)}
 
 
 def _router_of(base: model_info.ModelInfo, piece: slices.SliceInfo) -> RouterConfig | str:
