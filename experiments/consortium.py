@@ -166,7 +166,7 @@ class Consortium:
         )
         inputs = (model, *self.proxies, *self.public)
         train = self._train("router", config, None, self.big, inputs, ("verify",))
-        return [train, self._package("router", None, f"{self.exchange}/tuned")]
+        return [train, self._package("router", None, f"{self.exchange}/tuned", model)]
 
     def _scores(self) -> list[Job]:
         """Scores of the anchor, the model, the model without each owner, and the tuned one."""
@@ -225,14 +225,15 @@ class Consortium:
             ),
         )
 
-    def _package(self, name: str, owner: Owner | None, out: str) -> Job:
+    def _package(self, name: str, owner: Owner | None, out: str, model: str = "") -> Job:
+        """A run turned into what is shipped; a tuned router's beside the model that it is of."""
         bucket = owner.bucket if owner else self.home
         run = f"{bucket}/runs/{name}"
         return self._cpu(
             f"package:{name}",
-            ("package", "--run", run, "--out", out),
+            ("package", "--run", run, "--out", out, *(("--model", model) if model else ())),
             (f"train:{name}",),
-            (f"{run}/final",),
+            (f"{run}/final", *((model,) if model else ())),
             (out,),
             owner,
         )

@@ -3,6 +3,7 @@
 
 import data_helpers
 import numpy as np
+import object_store
 import pytest
 import stitched_model
 
@@ -12,6 +13,7 @@ from flexolmo_jax.data import prepare
 from flexolmo_jax.data.corpora import Document
 from flexolmo_jax.errors import ConfigError, RefusedError
 from flexolmo_jax.experts import model_dir, model_info, package, stitch, verify
+from flexolmo_jax.storage import client
 from flexolmo_jax.tasks import runner
 
 
@@ -89,6 +91,17 @@ def test_another_model_than_the_tuned_one_is_refused(root, tmp_path):
     finally:
         (tmp_path / "run/final").rename(root / "run/final")
     assert not (tmp_path / "out").exists()
+
+
+# Broken once by a path made of the URL, at which there is nothing.
+def test_a_router_run_in_object_storage_names_its_model(tmp_path, monkeypatch):
+    with object_store.running("bucket") as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        client.write("s3://bucket/run/config.json", b'{"anchor": "s3://bucket/stitched"}')
+        assert package._tuned_model("s3://bucket/run") == "s3://bucket/stitched"
+        with pytest.raises(ConfigError, match="--model"):
+            package._tuned_model("s3://bucket/other")
 
 
 def test_router_tuning_needs_experts(root, tmp_path):

@@ -25,6 +25,7 @@ from flexolmo_jax.experts import leafio, model_dir, model_info, remote, tuned
 from flexolmo_jax.experts import manifest as manifests
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.files import check_files, hash_files, list_files, write_text
+from flexolmo_jax.storage import client, urls
 
 FINAL, NAME, PARAMS, TOKENIZER = "final", "final.json", "params", "tokenizer.json"
 STAGES = ("anchor", "expert", "router", "joint")
@@ -331,12 +332,16 @@ def _package_model(
 
 def _tuned_model(run_dir: str | Path) -> str:
     """The stitched model that the configuration of a router run names."""
-    path = Path(run_dir) / "config.json"
-    named = json.loads(path.read_text(encoding="utf-8"))["anchor"] if path.is_file() else ""
+    where = urls.child(run_dir, "config.json")
+    if isinstance(where, Path):
+        text = where.read_bytes() if where.is_file() else None
+    else:
+        text = client.read(where)
+    named = json.loads(text)["anchor"] if text else ""
     if not named:
         raise ConfigError(
             "The model whose router was tuned is not known",
-            where=path,
+            where=where,
             fix="name it with --model",
         )
     return named
