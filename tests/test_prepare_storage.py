@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text, unfinished work and shards in object storage: the same bytes as on a disk."""
 
+import json
+
 import corpus_helpers
 import object_store
 import pytest
 from corpus_helpers import OTHER, Stopped, digests, documents, prepared, write
 
-from flexolmo_jax.data import places
+from flexolmo_jax.cli import main as cli
+from flexolmo_jax.data import beam, places
 from flexolmo_jax.data.prepare import prepare_large
 from flexolmo_jax.data.shards import open_shards
-from flexolmo_jax.errors import ConfigError, DataError
+from flexolmo_jax.errors import ConfigError, DataError, MachineError
 from flexolmo_jax.storage import cache, client
 
 tokenizer = corpus_helpers.tokenizer
@@ -97,3 +100,47 @@ def test_only_shards_of_a_stopped_run_are_removed(tokenizer, tmp_path, bucket):
     assert set(places.sizes(out)) == {*listed, "sub/tokens-00000.array_record"}
     client.delete(out, ["sub/tokens-00000.array_record"])
     open_shards(out)
+
+
+# Broken once by a local folder in place of the URL, which then was uploaded.
+@pytest.mark.parametrize("source", ["text of this machine", "text of the bucket"])
+def test_the_command_works_in_the_bucket(source, tokenizer, tmp_path, bucket, capsys):
+    write(tmp_path / "in" / "a.jsonl", documents(40))
+    send(tmp_path / "in", f"{bucket}/in")
+    text, out = str(tmp_path / "in"), f"{bucket}/out"
+    command = ["prepare", "--source", text, "--shards", "3"]
+    if source == "text of the bucket":
+        command = ["prepare", "--source", f"{bucket}/in"]
+    command += ["--tokenizer", str(tokenizer), "--out", f"{out}/"]
+    with pytest.MonkeyPatch.context() as patch:
+        corpus_helpers.stop_at(patch, "flexolmo_jax.data.assembly.write_shard", 1)
+        with pytest.raises(Stopped):
+            cli.main(command)
+    assert places.sizes(f"{out}.staged")
+    result = tmp_path / "result.json"
+    assert cli.main([*command, "--json", str(result)]) == 0
+    assert "reading 0 of 1" in capsys.readouterr().out
+    assert json.loads(result.read_text())["out"] == out
+    assert places.sizes(f"{out}.staged") == {}
+    assert cli.main(command) == 0
+    assert f"kept {out}" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("*.array_record"))
+
+
+def test_a_runner_of_a_cluster_is_given_the_urls(tokenizer, tmp_path, bucket, monkeypatch):
+    """All of them: the output must not have become a folder of this machine on the way."""
+    write(tmp_path / "in" / "a.jsonl", documents(40))
+    send(tmp_path / "in", f"{bucket}/in")
+    seen = []
+
+    def here(engine, works, options, stage):
+        engine._refuse_local([stage, *(w.place for w in works)])
+        seen.append(stage)
+        raise MachineError("There is no cluster")
+
+    monkeypatch.setattr(beam, "_beam", lambda: None)
+    monkeypatch.setattr(beam.BeamEngine, "read", here)
+    command = ["prepare", "--source", f"{bucket}/in", "--tokenizer", str(tokenizer)]
+    command += ["--out", f"{bucket}/out", "--runner", "DataflowRunner"]
+    assert cli.main(command) == 4
+    assert seen == [f"{bucket}/out.staged"]

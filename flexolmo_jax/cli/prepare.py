@@ -105,11 +105,17 @@ def _corpus_options(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepares and returns the sidecar."""
-    if args.out is None or urls.as_url(args.out) is None:
-        return _prepare(args, args.out)
-    with output.directory(args.out, "tokens.json") as out:
+    url = None if args.out is None else urls.as_url(args.out)
+    if url is None or _of_any_size(args):
+        return _prepare(args, url or args.out)
+    with output.directory(url, "tokens.json") as out:
         result = _prepare(args, str(out))
-    return {**result, "out": urls.as_url(args.out)}
+    return {**result, "out": url}
+
+
+def _of_any_size(args: argparse.Namespace) -> bool:
+    """Whether the text goes through the path that writes to a URL itself, and goes on there."""
+    return _corpus_options(args) is not None or any(map(urls.as_url, args.source))
 
 
 def _prepare(args: argparse.Namespace, out: str | None) -> dict[str, Any]:
