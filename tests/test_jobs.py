@@ -123,6 +123,73 @@ def test_a_rerun_skips_until_an_input_the_command_or_an_output_changes(tmp_path)
     assert out.read_text() == "y"
 
 
+# Broken once by removing what lay there before the first run.
+def test_what_the_plan_has_not_made_is_not_removed(tmp_path):
+    first, out = writer(tmp_path, "a")
+    other, untouched = writer(tmp_path, "b")
+    out.write_text("of hours")
+    plan = plan_of(tmp_path, other, first)
+    for asked in (local.run, local.describe):
+        with pytest.raises(ConfigError, match=r"has not made.*a\.txt.*p:a.*move away"):
+            asked(plan)
+    with pytest.raises(ConfigError, match="has not made"):
+        stamps.prepare(plan, first, "digest")
+    assert out.read_text() == "of hours"
+    assert not untouched.exists()
+    out.unlink()
+    out.symlink_to("nothing")
+    with pytest.raises(ConfigError, match="has not made"):
+        local.run(plan)
+    out.unlink()
+    assert set(statuses(local.run(plan)).values()) == {"done"}
+
+
+def test_plans_of_one_family_replace_each_others_outputs(tmp_path):
+    """As suites of a study do in their folder; another plan there is refused."""
+    mine, out = writer(tmp_path, "a")
+    yours, _ = writer(tmp_path, "a", text="y")
+    state = tmp_path / "w" / "state"
+    code = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(exist_ok=True)"
+    train = job("t", code, state, state=(str(state),))
+    assert local.run(plan_of(tmp_path, mine, train, family="study"))[0].status == "done"
+    again = dataclasses.replace(plan_of(tmp_path, yours, train, family="study"), name="q")
+    assert statuses(local.run(again)) == {"a": "done", "t": "skipped"}
+    assert out.read_text() == "y"
+    with pytest.raises(ConfigError, match=r"has not made.*a\.txt and 1 more"):
+        local.run(plan_of(tmp_path, mine, dataclasses.replace(train, env={"A": "b"})))
+    assert state.is_dir()
+    # What is up to date is taken, whoever made it.
+    assert statuses(local.run(plan_of(tmp_path, yours))) == {"a": "skipped"}
+
+
+def test_notes_without_a_family_are_the_plans_own(tmp_path):
+    """Of runs before plans had one."""
+    first, out = writer(tmp_path, "a")
+    plan = plan_of(tmp_path, first)
+    local.run(plan)
+    note = tmp_path / "w" / "jobs" / "a.started"
+    digest, family = note.read_text().splitlines()
+    assert (digest, family) == (stamps.job_digest(first), "p")
+    note.write_text(digest)
+    assert statuses(local.run(plan)) == {"a": "skipped"}
+    changed, _ = writer(tmp_path, "a", text="y")
+    assert statuses(local.run(plan_of(tmp_path, changed))) == {"a": "done"}
+    assert out.read_text() == "y"
+
+
+def test_a_first_run_that_was_interrupted_goes_on(tmp_path):
+    stops = "import sys; open(sys.argv[1], 'a').write('x'); sys.exit(len(sys.argv) - 2)"
+    out = tmp_path / "w" / "a.txt"
+    out.parent.mkdir()
+    failing = job("a", stops, out, "1", outputs=(str(out),))
+    assert statuses(local.run(plan_of(tmp_path, failing))) == {"a": "failed"}
+    assert out.is_file()
+    assert statuses(local.run(plan_of(tmp_path, job("a", stops, out, outputs=(str(out),))))) == {
+        "a": "done"
+    }
+    assert out.read_text() == "x"
+
+
 def test_a_manifest_stands_for_its_directory(tmp_path):
     model = tmp_path / "model"
     model.mkdir()

@@ -170,10 +170,15 @@ def describe(plan: Plan) -> list[tuple[Job, str]]:
     """Jobs in order with "run" or "skip", without running anything; the view of `--dry-run`.
 
     A job after one that will run is listed as "run" too: its inputs are about to change.
+
+    Raises:
+      ConfigError: the plan is not sound, or would remove what it has not made.
     """
     out: list[tuple[Job, str]] = []
     stale: set[str] = set()
-    for job in order(plan):
+    jobs = order(plan)
+    stamps.require_own(plan, jobs)
+    for job in jobs:
         fresh = not stale.intersection(job.needs) and stamps.read(plan, job) is not None
         if not fresh:
             stale.add(job.name)
@@ -192,11 +197,12 @@ def run(
     A failed job stops those that need it and no others. Finished jobs are skipped on a rerun.
 
     Raises:
-      ConfigError: the plan is not sound.
+      ConfigError: the plan is not sound, or would remove what it has not made.
       MachineError: a process could not be started.
     """
     if max_parallel < 1:
         raise ConfigError("max_parallel must be at least 1", got=max_parallel)
+    stamps.require_own(plan, order(plan))
     with _children_end_with_us():
         return _Runner(plan, max_parallel, report).run()
 

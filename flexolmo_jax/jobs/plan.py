@@ -53,7 +53,8 @@ class Job:
       outputs: files and directories that exist once it is done: inside the plan's workdir, its
         exchange or the job's own bucket.
       state: directories from which an interrupted run goes on. They are removed only when the job
-        has changed since. A job without state starts over: its old outputs are removed.
+        has changed since. A job without state starts over: its old outputs are removed. What no
+        run of the plan has left is never removed.
       workdir: directory that it starts in, made if absent.
       env: variables it gets beside the few that every process needs.
       owner: whose closed data it may see; "" is nobody's.
@@ -86,6 +87,8 @@ class Plan:
         the stitched model): a URL or a directory, or "" where owners share a workdir.
       settings: what a back end must be told about its cluster, such as namespace and queue; a
         name like "legal.namespace" holds for the jobs of one owner. Options override these.
+      family: plans of one family may share a workdir and replace what is out of date of each
+        other's; "" is the plan alone.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Plan:
     closed: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     exchange: str = ""
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    family: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, for `--dry-run --json`."""

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import flexolmo_jax
+from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.jobs.plan import Job, Plan, file_stem
 from flexolmo_jax.tree import file_digest, json_digest
 
@@ -95,16 +97,73 @@ def write(plan: Plan, job: Job, digest: str, seconds: float) -> None:
     partial.replace(path)
 
 
+def require_own(plan: Plan, jobs: Iterable[Job]) -> None:
+    """Refuses jobs in whose way something lies that no run of the plan has left.
+
+    Raises:
+      ConfigError: see above, with the paths.
+    """
+    found = [(path, job) for job in jobs for path in _foreign(plan, job)]
+    if not found:
+        return
+    path, job = found[0]
+    others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    raise ConfigError(
+        "The plan writes where something lies that it has not made",
+        got=f"{path}{others}",
+        expected="nothing, or what an earlier run of the plan has left",
+        where=f"{plan.name}:{job.name}",
+        fix="choose another folder for the plan, or move away what lies there",
+    )
+
+
 def prepare(plan: Plan, job: Job, digest: str) -> None:
-    """Makes way for a job that is about to run: no stamp, no outputs or state of another job."""
+    """Makes way for a job that is about to run: no stamp, no outputs or state of another job.
+
+    Raises:
+      ConfigError: see `require_own`.
+    """
+    require_own(plan, [job])
     stamp_path(plan, job).unlink(missing_ok=True)
-    started = stamp_path(plan, job).with_suffix(".started")
+    before, _ = _started(plan, job)
     if not job.state:
         _remove(job.outputs)
-    elif started.is_file() and started.read_text(encoding="utf-8") != digest:
+    elif before not in (None, digest):
         _remove((*job.state, *job.outputs))
-    started.parent.mkdir(parents=True, exist_ok=True)
-    started.write_text(digest, encoding="utf-8")
+    path = _started_path(plan, job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{digest}\n{_family(plan)}\n", encoding="utf-8")
+
+
+def _family(plan: Plan) -> str:
+    return plan.family or plan.name
+
+
+def _started_path(plan: Plan, job: Job) -> Path:
+    return stamp_path(plan, job).with_suffix(".started")
+
+
+def _started(plan: Plan, job: Job) -> tuple[str | None, str | None]:
+    """Digest of the job that was last started under this name, and the family of its plan.
+
+    The first notes had no family: what they stand for is taken to be the plan's own.
+    """
+    path = _started_path(plan, job)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    digest, family, *_ = (*lines, None, None)
+    return digest, family
+
+
+def _foreign(plan: Plan, job: Job) -> list[str]:
+    """What would be removed for this job, and was left by none of the plan's."""
+    digest, family = _started(plan, job)
+    if digest is not None and family in (None, _family(plan)):
+        return []
+    if digest is None and job.state:
+        return []  # It is gone on with, not removed.
+    removed = (*job.state, *job.outputs)
+    found = [path for path in removed if os.path.lexists(path)]
+    return [] if found and read(plan, job) is not None else found
 
 
 def _remove(paths: Iterable[str]) -> None:

@@ -72,7 +72,8 @@ def plan(study: Study, root: Path, assets: str) -> Plan:
     jobs = [*maker.data(), *maker.anchor(), *maker.starts()]
     for seed in range(study.seeds):
         jobs += maker.seed(seed)
-    return Plan(name=f"study-{study.suite}", workdir=str(root), jobs=tuple(jobs))
+    name = f"study-{study.suite}"
+    return Plan(name=name, workdir=str(root), jobs=tuple(jobs), family="study")
 
 
 class _Maker:
