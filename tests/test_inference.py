@@ -8,6 +8,7 @@ import pytest
 import stitched_model
 
 from flexolmo_jax import inference, sample
+from flexolmo_jax.cli import main as cli
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError, DataError
 from flexolmo_jax.tasks import runner
@@ -53,6 +54,32 @@ def test_a_row_is_not_limited_by_its_neighbours(opened):
     served = together[0]["tokens_per_expert"]
     assert served["public"] == served["code"] == served["news"] > 0
     assert together[1]["tokens_per_expert"]["code"] == 0
+
+
+# Broken once by taking an empty list for none, which denied nobody.
+@pytest.mark.parametrize("command", ["eval", "generate"])
+@pytest.mark.parametrize("option", ["--deny", "--allow"])
+@pytest.mark.parametrize("text", ["", ",", "+"])
+def test_a_list_without_names_is_refused(root, capsys, command, option, text):
+    given = ["--prompt", "bade"] if command == "generate" else ["--data", str(root / "data")]
+    assert cli.main([command, "--model", str(root / "stitched"), option, text, *given]) == 2
+    assert f"names none. Expected: one or more of public, code, news. Where: {option[2:]}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_lists_that_are_given_twice_add_up():
+    """Broken once: the last list alone counted, and let in whom the first had denied."""
+    _, _, args = cli.parse(["eval", "--model", "m", "--deny", "a,b", "--deny", "c"])
+    assert args.deny == ["a", "b", "c"] and args.allow is None
+
+
+@pytest.mark.parametrize("names", [{"deny": []}, {"allow": ()}])
+def test_a_request_without_names_is_refused(root, opened, names):
+    with pytest.raises(ConfigError, match="names none"):
+        opened.allowed(**names)
+    with pytest.raises(ConfigError, match="names none"):
+        inference.open_model(root / "stitched", **names)
 
 
 def test_wider_prompts_are_continued_alike(opened):

@@ -17,8 +17,15 @@ TICK_S = 10.0
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """The options by which a request says which experts it may use."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--allow", type=_names, metavar="A,B", help="use only these experts")
-    group.add_argument("--deny", type=_names, metavar="C", help="use all experts but these")
+    # Given twice, they add up: the last alone would let in whom the first has denied.
+    for name, text in (("allow", "use only these experts"), ("deny", "use all experts but these")):
+        group.add_argument(
+            f"--{name}",
+            type=_names,
+            action="extend",
+            metavar="A,B",
+            help=f"{text}; may be repeated",
+        )
     parser.add_argument("--active", type=int, metavar="K", help="experts used per token")
 
 

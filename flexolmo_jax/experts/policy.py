@@ -30,11 +30,19 @@ def allowed_slots(
       allow: only these experts; deny: all but these. At most one of the two.
 
     Raises:
-      ConfigError: both given, an unknown expert, or the public expert denied.
+      ConfigError: both given, a list without names, an unknown expert, or the public expert denied.
     """
     if allow is not None and deny is not None:
         raise ConfigError("Give the experts to allow or the experts to deny, not both")
     named = list(allow if allow is not None else deny or ())
+    if not named and (allow is not None or deny is not None):
+        # An empty variable of a script, perhaps: to deny nobody then would let everybody in.
+        raise ConfigError(
+            "A list of experts names none",
+            where="deny" if allow is None else "allow",
+            expected=f"one or more of {', '.join(slots)}",
+            fix="leave it away to use all experts; allow public alone to use none of the others",
+        )
     for name in named:
         if name not in slots:
             raise ConfigError("Unknown expert", got=name, fix=nearest(name, slots))

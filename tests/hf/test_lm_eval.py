@@ -285,6 +285,7 @@ def test_small_things_of_the_interface(build):
     [
         ({"allow": "public", "deny": "code"}, "not both"),
         ({"deny": "cod"}, "did you mean 'code'"),
+        ({"deny": ""}, "names none"),
         ({"alow": "code"}, "did you mean 'allow'"),
         ({"active": 9}, "active"),
         ({"active": "two"}, "active"),

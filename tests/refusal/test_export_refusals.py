@@ -73,7 +73,7 @@ def test_an_anchor_without_a_class(tmp_path, out):
 
 def test_what_one_model_has_no_class_for_a_part_of_it_may_have(tmp_path):
     document = make_model(tmp_path / "a", config(router=RouterConfig("document")))
-    assert hf_export.plan(document.path, allow=[]).architecture.name == "Olmo2ForCausalLM"
+    assert hf_export.plan(document.path, allow=["public"]).architecture.name == "Olmo2ForCausalLM"
     # With every expert active there is nothing to divide by.
     plain = config(norm_placement="pre", qk_norm="none")
     mixtral = make_model(tmp_path / "b", plain)
@@ -249,6 +249,7 @@ def test_a_disk_that_is_full_or_becomes_full(flex, out, monkeypatch, capsys):
         (["--shard-size", "5XB"], "Not a size"),
         (["--allow", "cod"], "did you mean 'code'"),
         (["--deny", "public"], "cannot be denied"),
+        (["--deny", ","], "names none"),
         (["--active", "5"], "1..4"),
         (["--active", "0"], "1..4"),
         (["--allow", "code", "--deny", "math"], "not allowed with"),
