@@ -280,12 +280,12 @@ def _held(stage: str, asked: Mapping[str, Any], progress: Progress) -> Iterator[
             Path(stage).mkdir(parents=True, exist_ok=True)
             # Beside the stage, so that removing the stage does not free it too early.
             lock = stack.enter_context(open(f"{stage}.lock", "w"))
-            stack.callback(lambda: Path(f"{stage}.lock").unlink(missing_ok=True))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
-                stack.pop_all().close()
                 raise ConfigError("Another process prepares this output", where=stage) from e
+            # By whoever holds it alone: without the file the next call would not be refused.
+            stack.callback(lambda: Path(f"{stage}.lock").unlink(missing_ok=True))
         before = _noted(stage)
         if before is not None and before != asked:
             differ = sorted(k for k in {*before, *asked} if before.get(k) != asked.get(k))
