@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from flexolmo_jax.config import RunConfig
 from flexolmo_jax.errors import ConfigError, nearest
+from flexolmo_jax.storage import urls
 from flexolmo_jax.typed import from_dict
 
 PREFIX = "--config."
@@ -33,6 +34,28 @@ def load_function(reference: str, name: str) -> Callable[[], Any]:
     if not callable(function):
         raise ConfigError(f"The file has no function {name}", where=path)
     return lambda: function(arg)
+
+
+def argument_path(path: Path | str, what: str, splits: str = ",+") -> Path:
+    """The resolved path, which can then stand in the argument of an experiment file.
+
+    Args:
+      what: its name in an error.
+      splits: characters at which that argument, or a list in it, is split.
+
+    Raises:
+      ConfigError: a URL, or one of these characters, wherever in the path it is.
+    """
+    if urls.as_url(path) is not None:
+        raise ConfigError(f"{what} must be a folder of this machine", got=path)
+    resolved = Path(path).resolve()
+    if any(c in str(resolved) for c in splits):
+        raise ConfigError(
+            f"{what} must not contain {' or '.join(map(repr, splits))}, nor may a folder above it",
+            got=resolved,
+            fix="choose another folder, or call one by another name",
+        )
+    return resolved
 
 
 def _import_file(path: Path) -> Any:

@@ -30,6 +30,7 @@ def run(
     """Runs what is missing of the demo in `workdir`; returns the content of report.json.
 
     Raises:
+      ConfigError: a folder whose path cannot stand in the argument of an experiment file.
       AssetError, MachineError: the corpora cannot be fetched.
       MachineError: a job failed; its log has been shown.
       Preempted: a job was told to stop and has saved its state.
@@ -38,10 +39,11 @@ def run(
         fix = "clone the repository and run the demo there"
         raise ConfigError("The demo needs the experiments of a checkout", where=PLAN, fix=fix)
     began = time.perf_counter()
-    root = assets.default_root().resolve()
+    folder = configfile.argument_path(workdir, "The workdir of the demo")
+    root = configfile.argument_path(assets.default_root(), "The asset folder", ",")
     assets.fetch(ASSETS, root, progress=say)
     fetched = time.perf_counter() - began
-    arg = f"workdir={workdir},seed={seed},quick={quick},assets={root}"
+    arg = f"workdir={folder},seed={seed},quick={quick},assets={root}"
     plan = configfile.load_function(f"{PLAN}:{arg}", "get_plan")()
     ended = local.run(plan, max_parallel=max_parallel, report=progress.Printer(plan))
     problems = local.failure_text(plan, ended)

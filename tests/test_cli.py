@@ -287,5 +287,48 @@ def test_the_demos_plan_gives_each_owner_only_its_own(tmp_path):
     for job in owned:
         seen = " ".join([*job.command, *job.inputs, job.workdir])
         assert not any(f"data/{d}" in seen for d in ("news", "legal", "academic"))
-    with pytest.raises(ConfigError, match="must not contain"):
-        configfile.load_function(f"{ROOT}/experiments/plans/demo.py:workdir=a+b", "get_plan")()
+
+
+DEMO = f"{ROOT}/experiments/plans/demo.py:workdir="
+
+
+# Broken once by a folder above: its name was in every argument, and only what was typed was read.
+@pytest.mark.parametrize("folder", ["a+b", "a,b"])
+@pytest.mark.parametrize("above", [True, False])
+def test_a_folder_that_would_split_an_argument_is_refused(
+    tmp_path, monkeypatch, capsys, folder, above
+):
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder if above else tmp_path)
+    typed = "x" if above else folder
+    if above:
+        with pytest.raises(ConfigError, match="must not contain"):
+            configfile.load_function(DEMO + typed, "get_plan")()
+    for command in (["demo", "--workdir", typed], ["study", "--quick", "--out", typed]):
+        assert cli.main(command) == 2
+        assert "must not contain ',' or '+'" in capsys.readouterr().err
+    assert not (Path.cwd() / "x").exists()
+
+
+def test_folders_of_the_demo_and_of_a_study_are_of_this_machine(capsys):
+    for command in (["demo", "--workdir"], ["study", "--out"]):
+        assert cli.main([*command, "gs://bucket/x"]) == 2
+        assert "a folder of this machine" in capsys.readouterr().err
+
+
+def test_an_anchor_may_be_in_a_folder_that_would_split_a_list_only(tmp_path, monkeypatch, capsys):
+    command = ["study", "--out", str(tmp_path / "s"), "--anchor"]
+    assert cli.main([*command, str(tmp_path / "a,b")]) == 2
+    assert "path of the anchor must not contain ','" in capsys.readouterr().err
+    assert cli.main([*command, str(tmp_path / "a+b=c")]) == 3
+    assert "not a model" in capsys.readouterr().err
+
+
+def test_the_demos_workdir_may_hold_an_equals_sign_and_a_colon(tmp_path):
+    root = tmp_path / "lr=0.1" / "10:30"
+    plan = configfile.load_function(f"{DEMO}{root}", "get_plan")()
+    (train,) = [job for job in launch.local.order(plan) if job.name == "train:code"]
+    reference = train.command[train.command.index("--config") + 1]
+    config = configfile.load_run_config(reference)
+    assert config.anchor == str(root / "anchor")
+    assert config.data.sources[0].path == str(root / "data" / "code" / "train")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from experiments import common
-from flexolmo_jax.errors import ConfigError
+from flexolmo_jax import configfile
 from flexolmo_jax.jobs.plan import Job, Plan
 
 PROGRAM = (sys.executable, "-m", "flexolmo_jax")
@@ -29,11 +29,8 @@ QUICK_STEPS = {"anchor": 120, "expert": 40}
 def get_plan(arg: str = "") -> Plan:
     """Returns the jobs of the demo."""
     a = common.parse_arg(arg, workdir="runs/demo", seed=0, quick=False, assets="")
-    if any(c in a.workdir for c in ",+:="):
-        raise ConfigError(
-            "The workdir of the demo must not contain ',', '+', ':' or '='", got=a.workdir
-        )
-    demo = _Demo(Path(a.workdir).resolve(), a.seed, a.quick, a.assets)
+    root = configfile.argument_path(a.workdir, "The workdir of the demo")
+    demo = _Demo(root, a.seed, a.quick, a.assets)
     jobs = [*demo.data(), *demo.anchor()]
     for domain in common.CLOSED:
         jobs += demo.expert(domain)

@@ -10,8 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.errors import ConfigError
-
 PARTS = ("starts", "models", "judge")
 # Jobs that share the GPUs: so many of 135M parameters fit on one, and most of their time is start
 # and compilation. Where there are several GPUs, each job spreads over all of them.
@@ -56,9 +54,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.only:
         return running.part(args.only, args.out, args.suite, args.seed)
     jobs.check_checkout()
-    anchor = str(Path(args.anchor).resolve()) if args.anchor else ""
-    if any(c in anchor for c in ",="):
-        raise ConfigError("The path of the anchor must not contain ',' or '='", got=anchor)
+    configfile.argument_path(args.out, "The folder of a study")
+    anchor = ""
+    if args.anchor:
+        anchor = configfile.argument_path(args.anchor, "The path of the anchor", ",")
     arg = f"suite={args.suite},size={args.size},seeds={args.seeds},anchor={anchor}"
     arg += f",quick={args.quick}"
     study = configfile.load_function(f"{jobs.EXPERIMENTS / 'studies.py'}:{arg}", "get_study")()
