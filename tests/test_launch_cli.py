@@ -78,6 +78,14 @@ def test_a_dry_run_knows_what_is_done(monkeypatch, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*line, "--dry-run"]) == 0
     assert "15 jobs, 0 to run" in capsys.readouterr().out
+    # The dry run says what the launch would.
+    changed = command(at(tmp_path, "gke", ",on=v5e:2x4"), "gke")
+    assert cli.main([*changed, "--dry-run"]) == 0
+    changed = command(at(tmp_path, "gke", ",anchor=gs://example-other/anchor"), "gke")
+    assert cli.main([*changed, "--dry-run"]) == 2
+    assert "gcloud storage rm --recursive gs://example-try-code/runs/code" in (
+        capsys.readouterr().err
+    )
 
 
 def test_an_owner_runs_only_what_is_theirs(monkeypatch, tmp_path, capsys):

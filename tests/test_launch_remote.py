@@ -2,7 +2,9 @@
 """A launch from start to end on back ends that only seem to be there: tests/fake_programs.py."""
 
 import dataclasses
+import re
 import shlex
+import subprocess
 
 import fake_programs
 import pytest
@@ -10,7 +12,7 @@ from launch_samples import GKE, SLURM, TPU_VM, job, plan_of, tpu
 from test_launch_scripts import slurm_backend
 
 from flexolmo_jax.errors import ConfigError, MachineError
-from flexolmo_jax.jobs import gke, remote, slurm, tpu_vm
+from flexolmo_jax.jobs import changed, gke, remote, slurm, tpu_vm
 from flexolmo_jax.jobs.plan import Resources, order
 
 CLASSES = {
@@ -136,6 +138,85 @@ def test_a_job_that_changed_runs_again_but_not_beside_itself(monkeypatch, tmp_pa
     assert launch(plan, kind) == {"a": "done"}
     assert launch(other, kind) == {"a": "done"}
     assert len(started(folder, kind)) == len(before) + 1
+
+
+def chain(tmp_path, kind, **changes):
+    """A training, its package, and two that need them; `changes` are the commands of some."""
+    bucket = "gs://mine" if kind != "slurm" else str(tmp_path / "mine")
+    resources = dataclasses.replace(CLASSES[kind][2], bucket=bucket)
+    run, out = f"{bucket}/runs/a", f"{bucket}/slices/a"
+    fields = {
+        "a": {"outputs": (f"{run}/final",), "state": (run,)},
+        "b": {"outputs": (out,), "needs": ("a",)},
+        "c": {"needs": ("b",)},
+        "d": {"outputs": (f"{bucket}/other",)},
+    }
+    jobs = [job(n, *changes.get(n, ()), resources=resources, **f) for n, f in fields.items()]
+    return plan_of(tmp_path / "w", *jobs)
+
+
+# Broken once: the job was started again, and died of its own output.
+def test_a_finished_job_that_changed_is_refused_until_its_output_is_gone(
+    monkeypatch, tmp_path, kind
+):
+    plays = dict.fromkeys("abcd", DONE[kind])
+    folder = fake_programs.here(monkeypatch, tmp_path / "bin", plays)
+    assert set(launch(chain(tmp_path, kind), kind).values()) == {"done"}
+    before = started(folder, kind)
+    other = chain(tmp_path, kind, a=("flexolmo", "train", "another"))
+    with pytest.raises(ConfigError, match=r"have changed.*Got: a, b, c\.") as caught:
+        launch(other, kind)
+    assert started(folder, kind) == before
+    bucket = other.jobs[0].resources.bucket
+    remove = "rm -r --" if kind == "slurm" else "gcloud storage rm --recursive"
+    assert f"(`{remove} {bucket}/runs/a {bucket}/slices/a && " in str(caught.value)
+    assert str(caught.value).count("kubectl delete") == (3 if kind == "gke" else 0)
+    records = [str(tmp_path / "w" / "launch" / kind / f"{n}.json") for n in "abc"]
+    assert f" && {shlex.join(['rm', '-f', '--', *records])}`" in str(caught.value)
+    # The plan as it was is done; after the commands of the message it all starts again.
+    assert set(launch(chain(tmp_path, kind), kind).values()) == {"skipped"}
+    for words in re.search(r"done \(`(.*)`\)", str(caught.value))[1].split(" && "):
+        argv = shlex.split(words)
+        if argv[0] == "kubectl":
+            fake_programs._save(folder, {**fake_programs._load(folder), "there": {}})
+        elif argv[:2] == ["rm", "-f"]:
+            subprocess.run(argv, check=True)
+    fake_programs.set_plays(folder, plays)
+    assert launch(other, kind) == {"a": "done", "b": "done", "c": "done", "d": "skipped"}
+    assert started(folder, kind)[len(before) :] == ["a", "b", "c"]
+
+
+def test_a_changed_job_whose_record_is_lost_is_refused_too(monkeypatch, tmp_path):
+    folder = fake_programs.here(monkeypatch, tmp_path / "bin", {n: ["done"] for n in "abcd"})
+    launch(chain(tmp_path, "gke"), "gke")
+    before = started(folder, "gke")
+    (tmp_path / "w" / "launch" / "gke" / "d.json").unlink()
+    with pytest.raises(
+        ConfigError, match=r"have changed.*Got: d\..*rm --recursive gs://mine/other"
+    ):
+        launch(chain(tmp_path, "gke", d=("flexolmo", "verify", "another")), "gke")
+    assert started(folder, "gke") == before
+
+
+def test_a_score_that_changed_runs_again(monkeypatch, tmp_path, kind):
+    folder = fake_programs.here(monkeypatch, tmp_path / "bin", dict.fromkeys("abcd", DONE[kind]))
+    launch(chain(tmp_path, kind), kind)
+    before = started(folder, kind)
+    found = launch(chain(tmp_path, kind, c=("flexolmo", "eval", "another")), kind)
+    assert found == {"a": "skipped", "b": "skipped", "c": "done", "d": "skipped"}
+    assert started(folder, kind)[len(before) :] == ["c"]
+
+
+def test_what_is_removed_of_each_kind_of_storage():
+    wrote = job(
+        "a", outputs=("s3://x/run/final", "s3://y/z", "gs://x/a b", "there"), state=("s3://x/run",)
+    )
+    assert changed.removal([wrote]) == [
+        ("gcloud", "storage", "rm", "--recursive", "gs://x/a b"),
+        ("aws", "s3", "rm", "--recursive", "s3://x/run"),
+        ("aws", "s3", "rm", "--recursive", "s3://y/z"),
+        ("rm", "-r", "--", "there"),
+    ]
 
 
 def test_a_job_that_moved_is_not_started_twice(monkeypatch, tmp_path):

@@ -50,6 +50,7 @@ class Gke:
 
     name = "gke"
     queues_itself = False
+    keeps_finished = True
 
     def __init__(self, plan: Plan, jobs: list[Job], *given: Mapping[str, str]):
         self.plan = plan

@@ -74,7 +74,11 @@ def show(
 
     Args:
       reports: job name to its memory, speed and cost.
+
+    Raises:
+      ConfigError: a launch would refuse what has changed since it finished.
     """
+    remote.check_finished(plan, backend, jobs)
     where = remote.folder(plan, backend) if out is None else out
     actions = {j.name: "skip" if _is_recorded(plan, backend, j) else "run" for j in jobs}
     todo = sum(a == "run" for a in actions.values())

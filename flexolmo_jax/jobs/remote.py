@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flexolmo_jax.errors import ConfigError, MachineError
-from flexolmo_jax.jobs import stamps, tools
+from flexolmo_jax.jobs import changed, stamps, tools
 from flexolmo_jax.jobs.plan import Job, Plan, file_stem
 
 # Kubernetes appends "-slice-0-0-" and five letters to the names of pods and takes 63 in all.
@@ -72,6 +72,8 @@ class Backend(Protocol):
     name: str
     # Whether jobs may be handed over before what they need is done.
     queues_itself: bool
+    # Whether a job that has ended is still there under its name.
+    keeps_finished: bool
 
     def files(self, job: Job) -> dict[str, str]:
         """File name to text of all that the job needs there."""
@@ -141,6 +143,30 @@ def read_record(plan: Plan, backend: Backend, job: Job) -> Record:
     return _read(folder(plan, backend), job)
 
 
+def check_finished(plan: Plan, backend: Backend, jobs: list[Job]) -> None:
+    """Refuses to start finished jobs by another command where their outputs are in the way.
+
+    Raises:
+      ConfigError: see above, with the commands that remove them.
+    """
+    records = {job.name: read_record(plan, backend, job) for job in jobs}
+    finished = {n for n, r in records.items() if r.status in ("ended", "done")}
+    others = {j.name for j in jobs if records[j.name].work != stamps.work_digest(j)} & finished
+    found = changed.stale(jobs, finished, others)
+    if not found:
+        return
+    known = [j for j in found if backend.keeps_finished or records[j.name].status == "ended"]
+    raise _in_the_way(plan, backend, found, known)
+
+
+def _in_the_way(plan: Plan, backend: Backend, jobs: list[Job], known: list[Job]) -> ConfigError:
+    """Refuses finished jobs that have changed; `known` are those that the back end knows too."""
+    forget = [step.command for job in known for step in backend.removal(job, "")]
+    notes = [str(_path(folder(plan, backend), job)) for job in jobs]
+    where = f"{plan.name} on {backend.name}"
+    return changed.refusal(jobs, where, [*forget, ("rm", "-f", "--", *notes)])
+
+
 def write_files(job: Job, backend: Backend, where: Path) -> list[Path]:
     """Writes a job's manifests and scripts; returns their paths."""
     where.mkdir(parents=True, exist_ok=True)
@@ -185,9 +211,10 @@ class Launch:
         """Runs until nothing is left to do (or, without `wait`, to hand over).
 
         Raises:
-          ConfigError: a job is there in another version and still runs.
+          ConfigError: a job is there in another version and still runs, or has finished.
           MachineError: the back end does not answer.
         """
+        check_finished(self.plan, self.backend, self.jobs)
         while True:
             for job in self.jobs:
                 if self.results.get(job.name, _NOTHING).status not in ENDED:
@@ -259,6 +286,9 @@ class Launch:
                 fix=f"launch the plan as it was, or stop the job (`{stop}`) and remove "
                 f"{_path(self.folder, job)}, then launch again",
             )
+        if other and seen.status == "done" and (job.outputs or job.state):
+            # Its record is lost, or of another version; its outputs are there.
+            raise _in_the_way(self.plan, self.backend, [job], [job])
         if seen.status == "failed" or other:
             why = "failed before" if seen.status == "failed" else "has changed since"
             self.say(f"        {job.name}: {why}, starts again")

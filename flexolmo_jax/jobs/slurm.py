@@ -52,6 +52,7 @@ class Slurm:
 
     name = "slurm"
     queues_itself = True
+    keeps_finished = False
 
     def __init__(self, plan: Plan, jobs: list[Job], *given: Mapping[str, str]):
         self.plan = plan

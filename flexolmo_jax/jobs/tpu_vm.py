@@ -49,6 +49,7 @@ class TpuVm:
 
     name = "tpu-vm"
     queues_itself = False
+    keeps_finished = False
 
     def __init__(self, plan: Plan, jobs: list[Job], *given: Mapping[str, str]):
         self.plan = plan
