@@ -6,9 +6,10 @@ import dataclasses
 import pytest
 
 from experiments import studies
+from flexolmo_jax.cli import main as cli
 from flexolmo_jax.errors import ConfigError
 from flexolmo_jax.jobs import local, stamps
-from flexolmo_jax.study import jobs
+from flexolmo_jax.study import jobs, run
 
 STUDY = studies.get_study("seeds=1,quick=true")
 
@@ -27,3 +28,12 @@ def test_suites_share_a_folder_and_nobody_elses(tmp_path):
     for plan in (main, held):
         with pytest.raises(ConfigError, match=r"has not made.*anchor.*package:anchor"):
             local.describe(plan)
+
+
+# Broken once: it was without effect, so that another seed was trained than was asked for.
+def test_a_seed_without_a_job_is_refused(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "s"
+    monkeypatch.setattr(run, "run", lambda *args, **options: {})
+    assert cli.main(["study", "--quick", "--out", str(out), "--seed", "2"]) == 2
+    assert "give --seeds 3; else add --only" in capsys.readouterr().err
+    assert not out.exists()

@@ -18,6 +18,7 @@ from flexolmo_jax.jobs import launching, local, places, progress, remote
 from flexolmo_jax.jobs.plan import Plan
 
 BACKENDS = ("local", *launching.REMOTE)
+POLL_S = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="local", help="where jobs run")
     parser.add_argument("--dry-run", action="store_true", help="show everything and run nothing")
     parser.add_argument(
-        "--max-parallel", type=int, default=1, help="local: jobs at once, which share the cores (1)"
+        "--max-parallel",
+        type=int,
+        metavar="N",
+        help="local: jobs at once, which share the cores (1)",
     )
     group = parser.add_argument_group("back ends gke, tpu-vm and slurm")
     group.add_argument(
@@ -60,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-wait", action="store_true", help="hand over what can be, and return at once"
     )
     group.add_argument(
-        "--poll", type=float, default=30.0, metavar="S", help="seconds between looks (30)"
+        "--poll", type=float, metavar="S", help=f"seconds between looks ({POLL_S:g})"
     )
 
 
@@ -69,8 +73,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan = configfile.load_function(args.plan, "get_plan")()
     if args.backend == "local":
         return _here(args, plan)
-    if args.out and not args.dry_run:
-        raise ConfigError("--out writes what a dry run shows", fix="add --dry-run")
+    _refuse(args.backend, {"--max-parallel": args.max_parallel})
+    if not args.dry_run and (args.out or args.no_report):
+        option = "--out" if args.out else "--no-report"
+        raise ConfigError(f"{option} is about what a dry run shows", fix="add --dry-run")
     jobs = launching.select(plan, args.owners)
     backend = launching.make_backend(args.backend, plan, jobs, args.cluster, args.given)
     if args.dry_run:
@@ -81,18 +87,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
             reports = launch_report.report(jobs)
         return launching.show(plan, backend, jobs, reports=reports, out=args.out)
-    launch = remote.Launch(plan, backend, jobs, wait=not args.no_wait, poll_s=args.poll)
+    poll_s = POLL_S if args.poll is None else args.poll
+    launch = remote.Launch(plan, backend, jobs, wait=not args.no_wait, poll_s=poll_s)
     results = launch.run()
     remote.raise_on_failure(results)
     return {"plan": plan.to_json(), "jobs": [dataclasses.asdict(r) for r in results]}
 
 
+def _refuse(backend: str, options: dict[str, Any]) -> None:
+    """Refuses options that would be without effect."""
+    for option, value in options.items():
+        # Compared one by one, since 0 is a number that was given, and equal to False.
+        if value is not None and value is not False and value != []:
+            raise ConfigError(
+                f"Back end {backend} has no such option", got=option, fix="leave it out"
+            )
+
+
 def _here(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """The back end `local`."""
     remote_only = {"--cluster": args.cluster, "--set": args.given, "--owner": args.owners}
-    for option, value in remote_only.items():
-        if value:
-            raise ConfigError("Back end local has no such option", got=option, fix="leave it out")
+    remote_only |= {"--out": args.out, "--no-report": args.no_report}
+    _refuse("local", {**remote_only, "--no-wait": args.no_wait, "--poll": args.poll})
     away = [p for j in plan.jobs for p in (*j.outputs, *j.state) if places.is_url(p)]
     if away:
         raise ConfigError(
@@ -105,7 +121,8 @@ def _here(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         for job, action in steps:
             print(f"{action:4}  {job.name}: {shlex.join(job.command)}")
         return {"plan": plan.to_json(), "actions": {j.name: a for j, a in steps}}
-    results = local.run(plan, max_parallel=args.max_parallel, report=progress.Printer(plan))
+    parallel = 1 if args.max_parallel is None else args.max_parallel
+    results = local.run(plan, max_parallel=parallel, report=progress.Printer(plan))
     problems = local.failure_text(plan, results)
     if problems:
         print(problems)

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flexolmo_jax.errors import ConfigError
+
 PARTS = ("starts", "models", "judge")
 # Jobs that share the GPUs: so many of 135M parameters fit on one, and most of their time is start
 # and compilation. Where there are several GPUs, each job spreads over all of them.
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few steps, to prove the path only")
     parser.add_argument("--only", choices=PARTS, help="one job of a study that has begun")
-    parser.add_argument("--seed", type=int, default=0, help="of the job of --only")
+    parser.add_argument("--seed", type=int, help="of the job of --only (0)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,7 +54,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.study import run as running
 
     if args.only:
-        return running.part(args.only, args.out, args.suite, args.seed)
+        return running.part(args.only, args.out, args.suite, args.seed or 0)
+    if args.seed is not None:
+        raise ConfigError(
+            "--seed belongs to one job of a study",
+            got=args.seed,
+            fix=f"for {args.seed + 1} seeds give --seeds {args.seed + 1}; else add --only",
+        )
     jobs.check_checkout()
     configfile.argument_path(args.out, "The folder of a study")
     anchor = ""
