@@ -84,6 +84,12 @@ def test_commands_of_the_launch_page_parse(words):
         assert launching.make_backend(args.backend, plan, jobs, args.cluster, args.given)
 
 
+def test_an_owner_may_write_no_folder_that_only_starts_like_its_own():
+    """Broken once by a bare prefix: slices/news covers slices/news2, another owner's."""
+    rules = re.findall(r'startsWith\("([^"]*)"\)', LAUNCH.read_text(encoding="utf-8"))
+    assert rules and all("/slices/" in rule and rule.endswith("/") for rule in rules)
+
+
 def test_the_launch_page_lists_every_setting():
     text = LAUNCH.read_text(encoding="utf-8")
     lines = {
