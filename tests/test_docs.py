@@ -34,8 +34,10 @@ def commands(text):
     lines = [line for block in blocks(text) for line in block.splitlines()]
     inside = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     found = [shlex.split(line, comments=True) for line in [*lines, *inside]]
+    # Of the usual environment, or of the one that has the TPU compiler.
+    programs = ("flexolmo", ".venv-pods/bin/flexolmo")
     # In running text a bare `flexolmo train` is a name, not a call.
-    return [words for words in found if words[:1] == ["flexolmo"] and len(words) > 2]
+    return [words for words in found if words[:1] and words[0] in programs and len(words) > 2]
 
 
 def tour():
@@ -151,10 +153,22 @@ def test_make_targets_exist():
     lines = [
         line for page in PAGES for block in blocks(page.read_text()) for line in block.splitlines()
     ]
-    called = {m[1] for text in [*quoted, *lines] if (m := re.match(r"make (\w+)", text))}
-    assert {"demo", "test"} <= called
+    called = {m[1] for text in [*quoted, *lines] if (m := re.match(r"make ([\w./-]+)", text))}
+    assert {"demo", "test", ".venv-pods/.installed"} <= called
     for target in called:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
+
+
+def test_the_compiler_stays_out_of_the_usual_environment():
+    """Where it is installed every import of jax looks for a TPU."""
+    planned = [words for words in commands(README) if words[1] == "plan"]
+    assert planned and {words[0] for words in planned} == {".venv-pods/bin/flexolmo"}
+    found = [block for page in PAGES for block in blocks(page.read_text(encoding="utf-8"))]
+    assert not any(re.search(r"^pip install.*\btpu\b", text, re.MULTILINE) for text in found)
+
+
+def test_sentences_of_the_readmes_lists_begin_with_a_capital():
+    assert not re.findall(r"^- \*\*[^*\n]+\.\*\* [a-z].*", README, re.MULTILINE)
 
 
 def anchors(text):
