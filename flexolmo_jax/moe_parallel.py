@@ -88,6 +88,10 @@ def sharded(
         # Slots that the axis does not divide are filled up with empty ones.
         n_empty = -E % mesh.shape["expert"]
         weights = [jnp.pad(w, ((0, n_empty), (0, 0), (0, 0))) for w in weights]
+        if n_empty:
+            # An index past the end stands for no slot: it must not name the first empty one, which
+            # a token could then ask for several times, and the buffers below would overflow.
+            index_SMA = jnp.where(index_SMA < E, index_SMA, E + n_empty)
         E += n_empty
     expert, data, model = (
         axis if size % mesh.shape[axis] == 0 else None

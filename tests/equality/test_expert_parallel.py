@@ -39,11 +39,11 @@ def draw(seed, slots=8, rows=8, length=6, allowed=None):
 
 
 @functools.lru_cache(maxsize=64)
-def compiled(grid, dispatch, strategy, capacity=0.0, shards=None):
+def compiled(grid, dispatch, strategy, capacity=0.0, shards=None, active=A):
     """Output, and gradients with regard to everything, of a mixture whose rows may be limited."""
 
     def scalar(inputs, allowed_BE):
-        routing = router.route(inputs["logits"], A, allowed_BE=allowed_BE)
+        routing = router.route(inputs["logits"], active, allowed_BE=allowed_BE)
         if capacity:
             routing, _ = moe.limit(routing, capacity, shards or moe.n_shards(grid))
         y_BTD = moe.mixture(
@@ -111,6 +111,42 @@ def test_shapes_that_the_mesh_does_not_divide(strategy, slots, rows, length):
     inputs = draw(2, slots=slots, rows=rows, length=length)
     got = run(inputs, shape=(2, 4, 1), dispatch="blocked", strategy=strategy)
     assert_same(got, run(inputs))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_absent_choices_beside_slots_that_fill_up_the_axis(strategy):
+    """Three choices of tokens that have one slot, and one device of four that has none."""
+    inputs = draw(7, slots=3, rows=3, length=7)
+    allowed = jnp.arange(3) == jnp.arange(3)[:, None]
+    options = {"active": 3}
+    got = run(inputs, allowed, shape=(2, 4, 1), dispatch="blocked", strategy=strategy, **options)
+    assert_same(got, run(inputs, allowed, **options))
+
+
+# Broken once by an index for no slot that names the first empty one: 32 rows in a buffer of 16.
+def test_absent_choices_take_no_room_in_the_buffers():
+    grid, M, seen = mesh.make_mesh(1, 8, 1), 2, []
+    index = jnp.full((8, M, 3), 5, jnp.int32).at[..., 0].set(1)  # five slots: 5 stands for none
+    weights = [jnp.ones((5, D, F)), jnp.ones((5, D, F)), jnp.ones((5, F, D))]
+
+    def rows(x_RD, weight_R1, sizes_E, *_):
+        jax.debug.callback(lambda sizes: seen.append((int(sizes.sum()), len(x_RD))), sizes_E)
+        return x_RD * weight_R1
+
+    y = moe_parallel.sharded(
+        jnp.ones((8, M, D)),
+        index,
+        jnp.where(index < 5, 1.0, 0.0),
+        weights,
+        kernels=moe_parallel.Kernels(rows, rows),
+        strategy="all_to_all_twin",
+        per_slot=M,
+        mesh=grid,
+    )
+    np.testing.assert_array_equal(y, 1.0)
+    jax.effects_barrier()
+    assert all(used <= room for used, room in seen)
+    assert sorted(used for used, _ in seen) == [0] * 7 + [8 * M]
 
 
 # Broken once by buffers for the mean number of assignments.
