@@ -221,11 +221,20 @@ def label_loss(logits_LBTE: jax.Array, own_BT: jax.Array, mask_BT: jax.Array) ->
     return jnp.sum(nll) / (logits_LBTE.shape[0] * jnp.maximum(jnp.sum(mask_BT), 1))
 
 
-def load_balance(logits_LBTE: jax.Array, active_LBTE: jax.Array, mask_BT: jax.Array) -> jax.Array:
+def load_balance(
+    logits_LBTE: jax.Array,
+    active_LBTE: jax.Array,
+    mask_BT: jax.Array,
+    n_slots: int | jax.Array,
+) -> jax.Array:
     """E · sum over slots of (share of the assignments · mean probability); 1 when all are even.
 
     Averaged over layers. Source: Switch Transformer (arXiv 2101.03961), section 2.2, over all
     tokens of the batch.
+
+    Args:
+      logits_LBTE: minus infinity where a slot is empty.
+      n_slots: E, of the slots that are not.
     """
     kept = mask_BT[None, ..., None]
     tokens = jnp.maximum(jnp.sum(mask_BT), 1)
@@ -233,4 +242,4 @@ def load_balance(logits_LBTE: jax.Array, active_LBTE: jax.Array, mask_BT: jax.Ar
     mean_LE = jnp.sum(probs, axis=(1, 2)) / tokens
     served_LE = jnp.sum(kept & active_LBTE, axis=(1, 2)).astype(jnp.float32)
     share_LE = served_LE / jnp.maximum(jnp.sum(served_LE, axis=-1, keepdims=True), 1.0)
-    return jnp.mean(jnp.sum(share_LE * mean_LE, axis=-1)) * logits_LBTE.shape[-1]
+    return jnp.mean(jnp.sum(share_LE * mean_LE, axis=-1)) * n_slots

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from flexolmo_jax import adapters, evidence, model, moe, router, tree
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.layers import NEG_INF
 
 STAGES = ("anchor", "expert", "rows", "router", "joint")
 # Stages of one owner alone: two slots, both always active.
@@ -141,19 +142,29 @@ def flops_per_token(config: ModelConfig, stage: str, seq_len: int) -> float:
 
 
 def router_metrics(
-    stage: str, out: model.Output, own_BT: jax.Array, mask_BT: jax.Array
+    stage: str,
+    out: model.Output,
+    own_BT: jax.Array,
+    mask_BT: jax.Array,
+    filled_E: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Sums over tokens of what the router's losses and metrics are made of.
 
     Every stage with a router has its z-loss; those of one owner add the label loss and the weight
     of the own expert, the stages of many experts their load balance.
+
+    Args:
+      filled_E: slots that hold an expert; None for all. An empty one changes no sum.
     """
     logits = out.router_logits_LBTE
+    if filled_E is not None:
+        logits = jnp.where(filled_E, logits, NEG_INF)
     z_LBT = jnp.square(jax.nn.logsumexp(logits, axis=-1))
     sums = {"router_z": jnp.sum(jnp.where(mask_BT, jnp.mean(z_LBT, axis=0), 0.0))}
     tokens = jnp.sum(mask_BT)
     if stage not in OWN_STAGES:
-        balance = router.load_balance(logits, out.combine_LBTE > 0, mask_BT)
+        n_slots = logits.shape[-1] if filled_E is None else jnp.sum(filled_E)
+        balance = router.load_balance(logits, out.combine_LBTE > 0, mask_BT, n_slots)
         return sums | {"load_balance": balance * tokens}
     share_LBT = out.combine_LBTE[..., logits.shape[-1] - 1]
     total_BT = jnp.mean(share_LBT / jnp.maximum(jnp.sum(out.combine_LBTE, -1), 1e-9), axis=0)

@@ -42,7 +42,8 @@ def loss_sums(
         "z": jnp.sum(jnp.where(mask_BT, z_BT, 0.0)),
     }
     if stage != "anchor":
-        sums |= stages.router_metrics(stage, out, batch["own"], mask_BT)
+        filled_E = frozen.get("filled")
+        sums |= stages.router_metrics(stage, out, batch["own"], mask_BT, filled_E)
     if out.drops is not None:
         sums["drops"] = jax.tree.map(functools.partial(jnp.sum, axis=0), out.drops)
     return sums

@@ -268,6 +268,7 @@ class Loop:
         """Bits per byte of every held-out source with the weights of this step."""
         j, config = self.job, self.job.config
         shared, groups = stages.assemble(config.stage, self.state["params"], j.frozen)
+        allowed = placed.fetch(j.frozen["filled"]) if "filled" in j.frozen else None
         out = {}
         for source in config.data.heldout:
             batches = loader.heldout_batches(
@@ -278,7 +279,9 @@ class Loop:
                 tokenizer_digest=j.tokenizer_digest,
                 vocab_size=j.model.vocab_size,
             )
-            score = evaluate.score_text(j.model, j.runtime, shared, groups, batches, j.token_bytes)
+            score = evaluate.score_text(
+                *(j.model, j.runtime, shared, groups, batches, j.token_bytes), allowed=allowed
+            )
             out[_domain(source)] = round(score.bits_per_byte, 5)
         logger.info("held-out bits per byte: %s", "  ".join(f"{k} {v:.3f}" for k, v in out.items()))
         return out

@@ -120,6 +120,24 @@ def test_an_empty_slot_takes_no_part_in_router_tuning():
         assert np.any(after[name][:, 1] != before[name][:, 1])
 
 
+# Broken once each: logits of all slots, E of all slots.
+def test_sums_over_a_batch_know_nothing_of_an_empty_slot():
+    params, c = toy.params(), toy.config(n_slots=3)
+    rest = np.array([0, 1, 3])
+    fewer = {name: leaf[:, rest] for name, leaf in params["experts"].items()}
+
+    def sums(c, experts, **filled):
+        trainable, frozen = stages.split("router", {**params, "experts": experts})
+        run = model.Runtime("dense")
+        return step.loss_sums(c, run, "router", trainable, frozen | filled, toy.batch())
+
+    want = sums(c, fewer)
+    got = sums(toy.CONFIG, params["experts"], filled=jnp.array([True, True, False, True]))
+    assert {"router_z", "load_balance"} <= set(want) == set(got)
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+
+
 def test_joint_training_moves_everything_but_the_biases():
     after, before, losses = steps("joint", toy.params())
     assert "experts/bias" not in after
@@ -131,13 +149,13 @@ def test_load_balance_is_one_when_even_and_the_number_of_slots_when_not():
     mask = jnp.ones((2, 8), bool).at[1, 4:].set(False)
     even = jnp.eye(4, dtype=bool)[jnp.arange(8) % 4][None, None].repeat(2, axis=1)
     flat = jnp.zeros((1, 2, 8, 4))
-    assert router.load_balance(flat, even, mask) == pytest.approx(1.0)
+    assert router.load_balance(flat, even, mask, 4) == pytest.approx(1.0)
     one = jnp.zeros((1, 2, 8, 4), bool).at[..., 2].set(True)
     sure = jnp.where(one, 30.0, -30.0)
-    assert router.load_balance(sure, one, mask) == pytest.approx(4.0)
+    assert router.load_balance(sure, one, mask, 4) == pytest.approx(4.0)
     # Padding counts for nothing.
     noise = jnp.where(mask[None, ..., None], sure, 99.0 * (1 - one))
-    assert router.load_balance(noise, one | ~mask[None, ..., None], mask) == pytest.approx(4.0)
+    assert router.load_balance(noise, one | ~mask[None, ..., None], mask, 4) == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("stage", stages.STAGES)

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import expert_helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +182,10 @@ def digests_of(workdir: Path) -> dict[str, str]:
     return tree.digests(checkpoint.restore_tree(workdir / "final/params", tree.unflatten(names)))
 
 
+def metrics_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 # Broken once by not setting the iterator: other batches, other digests.
 @pytest.mark.parametrize("stage", ["anchor", "expert"])
 def test_resumed_in_a_new_process_equals_uninterrupted(stage, texts, anchor, tmp_path):
@@ -211,8 +216,7 @@ def test_resumed_in_a_new_process_equals_uninterrupted(stage, texts, anchor, tmp
     ]
     assert codes == [9, 0]
     assert digests_of(tmp_path / "parts") == digests_of(tmp_path / "whole")
-    lines = (tmp_path / "parts/metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines]
+    steps = [line["step"] for line in metrics_of(tmp_path / "parts")]
     assert steps == sorted(set(steps))
 
 
@@ -431,6 +435,44 @@ def test_rows_of_another_expert_or_anchor_are_refused(texts, anchor, expert, tmp
         expert_config(texts, anchor, stage="rows")
     with pytest.raises(ConfigError, match='"rows" starts from a finished expert'):
         expert_config(texts, anchor, expert=str(expert))
+
+
+# Broken once by a held-out score over all slots.
+def test_an_empty_slot_changes_nothing_of_router_tuning(texts, anchor, tmp_path):
+    """The expert's bias is below that of zeros, so an empty slot that counts is chosen first."""
+    info = model_info.read_info(anchor)
+    leaves = expert_helpers.slice_tree(1, info.config)
+    leaves["bias"] = np.full_like(leaves["bias"], 3.0)
+    expert_helpers.make_slice(tmp_path / "slice", info, "own", tree=leaves, recipe={})
+
+    def tune(slots: int) -> list[dict]:
+        made, plan = tmp_path / f"slots{slots}", stitch.plan
+        stitch.execute(plan(anchor, [tmp_path / "slice"], slots=slots, active=2), made / "model")
+        data = dataclasses.replace(
+            anchor_config(texts).data, heldout=(SourceConfig(str(texts.own)),)
+        )
+        config = RunConfig(
+            stage="router",
+            anchor=str(made / "model"),
+            data=data,
+            optim=dataclasses.replace(OPTIM, total_steps=4, load_balance=0.01),
+            exec=ExecConfig(compute_dtype="float32"),
+            log_every=1,
+            eval_every=2,
+            eval_rows=8,
+        )
+        train.fit(config, made / "w")
+        return metrics_of(made / "w")
+
+    timing = ("tokens_per_s", "mfu", "seconds_left")
+    want, got = tune(2), tune(3)
+    assert len(want) == len(got) == 6
+    for one, other in zip(want, got, strict=True):
+        expected, found = (
+            {k: v for k, v in {**line.pop("heldout", {}), **line}.items() if k not in timing}
+            for line in (one, other)
+        )
+        assert found == pytest.approx(expected, rel=1e-4, abs=2e-5)
 
 
 def test_an_expert_of_more_than_ffns_goes_all_the_way(texts, tmp_path):
