@@ -38,6 +38,9 @@ MAX_SKIPPED = 3
 # Settings that change no bit of the result, so a resumed run may have others.
 FREE_KEYS = ("exec", "log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
 
+# What a run starts from: the key of its digest in a checkpoint, and what it is.
+STARTS = {"anchor_digest": "anchor", "model_digest": "model", "rows_of": "slice"}
+
 
 def fit(config: RunConfig, workdir: str | Path) -> dict[str, Any]:
     """Runs the job to its last step and writes `final/`; called again, it goes on where it stopped.
@@ -148,18 +151,28 @@ def _restore(
         return j.initial_state()
     for problem in restored.skipped:
         logger.warning("damaged checkpoint passed over: %s", problem)
-    wanted = j.anchor.anchor_digest if j.anchor else None
-    if restored.meta["anchor_digest"] != wanted:
-        problem = CheckpointError(
-            "The checkpoint was trained beside another anchor",
-            got=restored.meta["anchor_digest"],
-            expected=wanted,
-            where=checkpoints.directory,
-        )
-        raise distributed.agreed(problem)
+    for key, wanted in _started_from(j).items():
+        saved = restored.meta.get(key, wanted)  # older checkpoints know of the anchor alone
+        if saved != wanted:
+            problem = CheckpointError(
+                f"The checkpoint is of a run that started from another {STARTS[key]}",
+                got=saved,
+                expected=wanted,
+                where=checkpoints.directory,
+                fix="put back what the run started from, or choose another workdir",
+            )
+            raise distributed.agreed(problem)
     iterator.set_state(restored.meta["iterator"])
     logger.info("resumed at step %d", restored.step)
     return restored.state
+
+
+def _started_from(j: training_job.TrainingJob) -> dict[str, str | None]:
+    """Digests of what the run started from, by the keys of `STARTS`: a path says less."""
+    out = {"anchor_digest": j.anchor.anchor_digest if j.anchor else None}
+    if j.anchor and not j.anchor.is_anchor:
+        out["model_digest"] = j.anchor.model_digest
+    return out | ({"rows_of": j.rows_of} if j.rows_of else {})
 
 
 class Loop:
@@ -238,10 +251,7 @@ class Loop:
             self._writer.write(number, values)
 
     def _save(self) -> None:
-        meta = {
-            "iterator": self._iterator.get_state(),
-            "anchor_digest": self.job.anchor.anchor_digest if self.job.anchor else None,
-        }
+        meta = {"iterator": self._iterator.get_state(), **_started_from(self.job)}
         self._checkpoints.save(self._done, self.state, meta)
 
     def _report(self, number: int, new: dict[str, jax.Array]) -> None:

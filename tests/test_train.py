@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import expert_helpers
@@ -41,7 +42,7 @@ from flexolmo_jax.config import (
     RunConfig,
     SourceConfig,
 )
-from flexolmo_jax.errors import ConfigError, RefusedError, TrainingError
+from flexolmo_jax.errors import CheckpointError, ConfigError, RefusedError, TrainingError
 from flexolmo_jax.experts import model_dir, model_info, package, router_init, stitch
 from flexolmo_jax.experts import slice as slices
 
@@ -291,6 +292,27 @@ def test_three_bad_steps_stop_the_run(texts, anchor, tmp_path, monkeypatch):
         train.fit(expert_config(texts, anchor), tmp_path / "w")
 
 
+STARTED_FROM = {"anchor_digest": "a", "model_digest": "m", "rows_of": "s"}
+
+
+def go_on(meta):
+    """The state that a run goes on with, whose checkpoint says this."""
+    started = types.SimpleNamespace(anchor_digest="a", model_digest="m", is_anchor=False)
+    j = types.SimpleNamespace(anchor=started, rows_of="s", abstract_state=None)
+    restored = run_checkpoints.Restored(3, "state", {"iterator": {}, **meta})
+    saved = types.SimpleNamespace(restore_latest=lambda _: restored, directory="w")
+    return train._restore(j, saved, types.SimpleNamespace(set_state=lambda _: None))
+
+
+# Broken once by a look at the anchor alone.
+@pytest.mark.parametrize(("key", "what"), train.STARTS.items())
+def test_a_checkpoint_is_of_what_the_run_starts_from(key, what):
+    with pytest.raises(CheckpointError, match=f"another {what}"):
+        go_on({**STARTED_FROM, key: "other"})
+    assert go_on(STARTED_FROM) == "state"
+    assert go_on({"anchor_digest": "a"}) == "state"  # as it was written before
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -410,6 +432,8 @@ def test_rows_are_tuned_alone_and_the_rest_of_the_expert_keeps_its_bits(
 ):
     """Mutations: `_new_expert` in stage "rows"; the whole slice trainable."""
     train.fit(rows_config(texts, anchor, expert), tmp_path / "w")
+    (meta,) = (tmp_path / "w/checkpoints").glob(f"{OPTIM.total_steps}/meta/metadata")
+    assert json.loads(meta.read_text())["rows_of"] == slices.read_slice(expert)[0].digest
     made = package.package(tmp_path / "w", tmp_path / "tuned")
     assert made["kind"] == "slice" and made["expert"] == "own"
     before, old = slices.read_slice(expert)
