@@ -250,12 +250,20 @@ def _continued_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     if len(info.slots) < info.config.n_slots:
         filled = np.isin(np.arange(info.config.n_slots), list(info.slots.values()))
         frozen["filled"] = placed.put(filled, placed.replicated(grid))
+    # Rows of a router are kept: reading them again would read all experts again.
+    held = trained if config.stage == "router" else None
+
+    def initial() -> tree.Tree:
+        # Anything else is read once more, or it would lie on the devices twice during the run.
+        start = held or stages.split(config.stage, _load(config, program))[0]
+        # Copies also where nothing is cast: the first step takes their memory.
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=held is not None), start)
+
     return _job(
         config,
         program,
         frozen=frozen,
-        # Copies also where nothing is cast: the first step takes their memory.
-        initial=lambda: jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained),
+        initial=initial,
         tokenizer=info.tokenizer_path,
         anchor=info,
     )
