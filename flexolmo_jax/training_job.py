@@ -143,7 +143,9 @@ def _new_program(config: RunConfig, grid: Mesh) -> programs.Program:
             fix='use stage "anchor" for one slot and "joint" for a mixture',
         )
     router_init.check_parts(config, config.model)
-    return programs.training(config, config.model, grid)
+    program = programs.training(config, config.model, grid)
+    router_init.check_sources(config, config.model)
+    return program
 
 
 def _drawn(config: ModelConfig, stage: str, key: jax.Array) -> tree.Tree:
@@ -166,6 +168,8 @@ def _own_job(config: RunConfig, grid: Mesh) -> TrainingJob:
     if config.stage == "expert":
         init = router_init.resolve(config.router_init, info.config)
         config = dataclasses.replace(config, router_init=init)
+    with distributed.together("looking for what rows are made of"):
+        router_init.check_sources(config, info.config)
     anchor, digest = _load(config, program), ""
     dtypes = {name: leaf.dtype for name, leaf in anchor["experts"].items()}
     if config.stage == "rows":

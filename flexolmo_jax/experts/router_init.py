@@ -42,6 +42,7 @@ BESIDE_EVIDENCE, EVIDENCE_MARGIN, EVIDENCE_BIAS = 0.25, 1.5, -1.0
 STRIDE = 12
 KEPT = slice(STRIDE // 2, None, STRIDE)
 _ROWS = 8
+COMPARES = "A row that reads hidden states compares"
 # Tokens of each side that are counted at most, in stretches of about so many, evenly spaced.
 COUNTED, STRETCH = 1 << 24, 1 << 16
 
@@ -150,6 +151,38 @@ def check_parts(config: RunConfig, c: ModelConfig) -> None:
         )
 
 
+def check_sources(config: RunConfig, c: ModelConfig) -> None:
+    """Refuses what the rows of this stage cannot be made of, also those made after training.
+
+    Args:
+      config: with `router_init` as `resolve` gives it.
+      c: of the anchor.
+
+    Raises:
+      ConfigError: text of one side is missing.
+      AssetError: the embedder is.
+    """
+    init, expert = config.router_init, config.stage == "expert"
+    own = [s for s in config.data.sources if not s.public]
+    if expert or (config.stage == "anchor" and not config.anchor):
+        if init.method == "embedding":
+            _some(own if expert else _public(config.data.sources))
+            embedders.require(init.embedder)
+        elif expert and init.method in ("hidden_mean", "discriminant"):
+            _sources(config, COMPARES)
+    if config.stage in ("expert", "rows") and init.recalibrate and not c.router.evidence:
+        _sources(config, COMPARES)
+
+
+def _some(sources: Sequence[SourceConfig]) -> None:
+    if not sources:
+        raise ConfigError(
+            "A router embedding needs documents",
+            where="config.data.sources",
+            fix="mark public sources with public=True and give an expert a source of its own",
+        )
+
+
 def _counts(sources: Sequence[SourceConfig], c: ModelConfig) -> np.ndarray:
     """Counts [X] of the entries of a table, by stretches that lie evenly over each source."""
     total_X = np.zeros(evidence.entries(c), np.int64)
@@ -204,7 +237,7 @@ def _both_sides(
     Raises:
       ConfigError: one of the two is missing.
     """
-    own, public = _sources(config, "A row that reads hidden states compares")
+    own, public = _sources(config, COMPARES)
 
     def inputs(side: list[SourceConfig]) -> np.ndarray:
         n_rows = -(-config.router_init.documents // len(side))
@@ -320,12 +353,7 @@ def _row(
         return _scaled(rng.normal(0.0, RANDOM_STD, shape), init.norm)
     if init.method != "embedding":
         return np.zeros(shape, np.float32)
-    if not sources:
-        raise ConfigError(
-            "A router embedding needs documents",
-            where="config.data.sources",
-            fix="mark public sources with public=True and give an expert a source of its own",
-        )
+    _some(sources)
     vector = embedders.domain_embedding(
         _texts(sources, init, tokenize.locate(config.tokenizer or config.anchor)),
         embedders.get_embedder(init.embedder),
