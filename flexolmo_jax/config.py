@@ -30,6 +30,16 @@ def _positive(owner: object, *names: str) -> None:
             )
 
 
+def _not_negative(owner: object, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) < 0:
+            raise ConfigError(
+                f"{name} must not be negative",
+                got=getattr(owner, name),
+                where=f"{type(owner).__name__}.{name}",
+            )
+
+
 # Entries of a table at most: 64 MiB per owner.
 MAX_PAIRS = 1 << 24
 
@@ -272,11 +282,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "peak_lr", "total_steps", "accumulate", "clip_norm")
-        if self.warmup_steps > self.total_steps:
+        _not_negative(self, "warmup_steps", "stop_step")
+        if self.warmup_steps >= self.total_steps:
             raise ConfigError(
-                "The warmup is longer than the run",
+                "The warmup leaves no step for the cosine",
                 got=f"warmup_steps={self.warmup_steps}, total_steps={self.total_steps}",
                 where="OptimConfig.warmup_steps",
+                fix="lower warmup_steps or raise total_steps",
             )
 
     @property
@@ -326,8 +338,7 @@ class ExecConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "mesh_expert", "mesh_model")
-        if self.loss_chunk < 0:
-            raise ConfigError("loss_chunk is negative", where="ExecConfig.loss_chunk")
+        _not_negative(self, "loss_chunk")
         if self.capacity < 0:
             raise ConfigError(
                 "A capacity is a factor, or 0 for none", got=self.capacity, where="exec.capacity"
@@ -383,6 +394,9 @@ class RunConfig:
       expert_id: slug of the owner's expert (stages "expert" and "rows").
       expert: slice directory of the finished expert whose rows are trained (stage "rows").
       tokenizer: tokenizer.json of the data, where no `anchor` brings one.
+      log_every: steps between records of the metrics.
+      eval_every: steps between held-out scores; 0 makes none.
+      eval_rows: rows of each held-out source that are scored; 0 takes all.
     """
 
     stage: Literal["anchor", "expert", "rows", "router", "joint"] = "anchor"
@@ -403,6 +417,8 @@ class RunConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        _positive(self, "log_every")
+        _not_negative(self, "eval_every", "eval_rows")
         if self.exec.capacity and self.stage in ("anchor", "expert", "rows"):
             raise ConfigError(
                 "A capacity drops assignments to full slots; in this stage every token uses every "
