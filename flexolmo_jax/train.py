@@ -24,7 +24,7 @@ from flexolmo_jax import (
     training_job,
     tree,
 )
-from flexolmo_jax.config import RunConfig, SourceConfig
+from flexolmo_jax.config import ExecConfig, RunConfig, SourceConfig
 from flexolmo_jax.data import loader
 from flexolmo_jax.errors import CheckpointError, ConfigError, Preempted, TrainingError
 from flexolmo_jax.experts import package, router_init
@@ -35,7 +35,9 @@ logger = logging.getLogger("flexolmo")
 
 # A step that is not finite changes nothing; this many in a row mean that the run has diverged.
 MAX_SKIPPED = 3
-# Settings that change no bit of the result, so a resumed run may have others.
+# What a resumed run may have otherwise: what is recorded when, and how a machine computes, which
+# changes a result by rounding at most. Of that, these two change what is computed.
+BOUND_KEYS = ("exec.capacity", "exec.compute_dtype")
 FREE_KEYS = ("exec", "log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints")
 
 # What a run starts from: the key of its digest in a checkpoint, and what it is.
@@ -117,10 +119,13 @@ def _refuse_other(place: run_dirs.RunDir, config: RunConfig) -> None:
     if not path.exists():
         return
     mine, theirs = _settings(dataclasses.asdict(config)), _settings(json.loads(path.read_text()))
+    # An older file that lacks one of these had its default.
+    theirs = _settings(dataclasses.asdict(ExecConfig()), "exec") | theirs
     changed = [
         f"{key} was {theirs.get(key)!r}, is {mine.get(key)!r}"
         for key in sorted({*mine, *theirs})
-        if mine.get(key) != theirs.get(key) and key.split(".")[0] not in FREE_KEYS
+        if mine.get(key) != theirs.get(key)
+        and (key in BOUND_KEYS or key.split(".")[0] not in FREE_KEYS)
     ]
     if changed:
         raise ConfigError(

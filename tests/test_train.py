@@ -282,9 +282,31 @@ def test_another_configuration_is_refused(texts, tmp_path):
     train.fit(config, tmp_path / "w")
     with pytest.raises(ConfigError, match="seed was 0, is 1"):
         train.fit(dataclasses.replace(config, seed=1), tmp_path / "w")
-    # What changes no result may differ, and a finished run is only read.
-    again = train.fit(dataclasses.replace(config, log_every=1), tmp_path / "w")
+    half = dataclasses.replace(config.exec, compute_dtype="bfloat16")
+    with pytest.raises(ConfigError, match="compute_dtype was 'float32', is 'bfloat16'"):
+        train.fit(dataclasses.replace(config, exec=half), tmp_path / "w")
+    # How it is computed and recorded may differ, and a finished run is only read.
+    other = dataclasses.replace(config.exec, remat="full", mesh_model=2)
+    again = train.fit(dataclasses.replace(config, log_every=1, exec=other), tmp_path / "w")
     assert again["steps"] == OPTIM.total_steps
+
+
+def test_a_capacity_is_not_changed_on_the_way(tmp_path):
+    config = RunConfig(stage="router", anchor="a", exec=ExecConfig(capacity=1.5))
+    place = types.SimpleNamespace(path=tmp_path)
+
+    def started(**changes):
+        text = json.dumps({**dataclasses.asdict(config), **changes})
+        (tmp_path / "config.json").write_text(text)
+
+    started()
+    train._refuse_other(place, config)
+    with pytest.raises(ConfigError, match=r"capacity was 1\.5, is 0\.0"):
+        train._refuse_other(place, dataclasses.replace(config, exec=ExecConfig()))
+    started(exec={"compute_dtype": "bfloat16"})  # as it was written before there was one
+    train._refuse_other(place, dataclasses.replace(config, exec=ExecConfig()))
+    with pytest.raises(ConfigError, match=r"capacity was 0\.0, is 1\.5"):
+        train._refuse_other(place, config)
 
 
 def test_three_bad_steps_stop_the_run(texts, anchor, tmp_path, monkeypatch):
