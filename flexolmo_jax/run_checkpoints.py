@@ -103,13 +103,15 @@ class RunCheckpoints:
             self.wait()
             if distributed.from_first(lambda: self._claim(step), "saving"):
                 return False
+        # The first look at what the steps computed: what fails here is no fault of the disk.
+        leaves = {
             # An own copy of what the caller could change while it is being written.
-            leaves = {
-                name: leaf.copy() if isinstance(leaf, np.ndarray) else to_host(leaf)
-                for name, leaf in named_leaves(state)[0].items()
-            }
-            # A collective, so not in the thread that hashes: its turn would differ among hosts.
-            spread = placed.checksums(_spread(leaves))
+            name: leaf.copy() if isinstance(leaf, np.ndarray) else to_host(leaf)
+            for name, leaf in named_leaves(state)[0].items()
+        }
+        # A collective, so not in the thread that hashes: its turn would differ among hosts.
+        spread = placed.checksums(_spread(leaves))
+        with _write_errors(self.directory):
             manager, pool = self._open()
             self._pending = (step, pool.submit(_describe, leaves, spread))
             manager.save(

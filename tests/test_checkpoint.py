@@ -341,6 +341,19 @@ def fail_with(error):
     return fail
 
 
+# Broken once by taking it for a disk that is full.
+@pytest.mark.parametrize("reads", ["to_host", "placed.checksums"])
+def test_a_device_that_fails_is_not_the_disks_fault(tmp_path, monkeypatch, reads):
+    with RunCheckpoints(tmp_path) as run:
+        with monkeypatch.context() as patch:
+            fault = fail_with(RuntimeError("INTERNAL: device fault"))
+            patch.setattr(f"flexolmo_jax.run_checkpoints.{reads}", fault)
+            with pytest.raises(RuntimeError, match="device fault"):
+                run.save(1, {"w": jnp.ones(2)}, {})
+        assert run.save(1, {"w": jnp.ones(2)}, {})
+    assert run.steps() == [1]
+
+
 @pytest.mark.parametrize("raised_by", ["save", "wait", "close"])
 def test_a_failed_save_is_raised_once_and_the_next_save_works(
     tmp_path, monkeypatch, caplog, raised_by
