@@ -25,6 +25,9 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA A100": 312e12,
 }
+# JAX devices of one chip where it is more than one. (A v4 chip runs as one, though the compiler
+# plans it as two.)
+CHIP_DEVICES = {"TPU7x": 2}
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
@@ -34,7 +37,7 @@ def peak_flops(device: jax.Device) -> tuple[float, str]:
     """
     for kind, peak in PEAK_FLOPS.items():
         if device.device_kind.startswith(kind):
-            return peak, "data sheet, bf16"
+            return peak / CHIP_DEVICES.get(kind, 1), "data sheet, bf16"
     n = 1024
     x = jnp.ones((n, n), jnp.float32)
     matmul = jax.jit(lambda a: a @ a)

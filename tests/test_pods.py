@@ -8,6 +8,7 @@ compiler itself is tested in `tests/pods`.
 import dataclasses
 import gzip
 import itertools
+import types
 from pathlib import Path
 
 import jax
@@ -437,6 +438,15 @@ def test_every_generation_has_a_peak_and_a_clock():
         assert chip.flops == metrics.PEAK_FLOPS[chip.kind]
         assert 0.9e9 < chip.clock < 2.5e9
         assert chip.hbm_bytes_s > chip.links * chip.link_bytes_s
+
+
+# Broken once by the peak of a whole chip for each of its devices.
+@pytest.mark.parametrize(("kind", "of_a_chip"), [("TPU7x", 0.5), ("TPU v5p", 1.0), ("TPU v4", 1.0)])
+def test_the_peak_of_a_device(kind, of_a_chip):
+    peak, _ = metrics.peak_flops(types.SimpleNamespace(device_kind=kind))
+    assert peak == of_a_chip * metrics.PEAK_FLOPS[kind]
+    known = {chip.kind: chip.devices for chip in chips.CHIPS.values()}
+    assert metrics.CHIP_DEVICES.items() <= known.items()
 
 
 @pytest.mark.parametrize(
