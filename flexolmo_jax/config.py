@@ -253,7 +253,8 @@ class OptimConfig:
       total_steps: length of the cosine, optimizer steps.
       stop_step: hard stop before the cosine ends (the reference stops at a fifth); 0 is none.
       final_lr_frac: floor of the cosine as a fraction of `peak_lr`.
-      accumulate: micro-batches per optimizer step; divides `batch_rows`.
+      accumulate: micro-batches per optimizer step; divides `batch_rows`. The mean is that of one
+        large batch, but for `load_balance`, which then asks every micro-batch to be even.
       z_loss: weight of mean(logsumexp(logits)^2) over predicted tokens.
       router_z_loss: the same over router logits, averaged over layers.
       router_label_loss: weight of the cross-entropy "is this token the owner's?" of the own row

@@ -229,8 +229,9 @@ def load_balance(
 ) -> jax.Array:
     """E · sum over slots of (share of the assignments · mean probability); 1 when all are even.
 
-    Averaged over layers. Source: Switch Transformer (arXiv 2101.03961), section 2.2, over all
-    tokens of the batch.
+    Averaged over layers. A product of two means over tokens: that of a whole batch is not the mean
+    of its micro-batches, each of which is to be even where a step accumulates them. Source: Switch
+    Transformer (arXiv 2101.03961), section 2.2, over all tokens of the batch.
 
     Args:
       logits_LBTE: minus infinity where a slot is empty.

@@ -73,7 +73,8 @@ def gradients(
     """Gradient of `objective` over the whole batch, micro-batch by micro-batch if asked.
 
     Every micro-batch is divided by the token count of the *whole* batch, so accumulation gives the
-    same mean as one large batch even where rows hold different numbers of tokens.
+    same mean as one large batch even where rows hold different numbers of tokens. Load balance is
+    the exception: a product of two means, taken of each micro-batch and then averaged.
     """
     tokens = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
 
