@@ -177,8 +177,18 @@ class RunCheckpoints:
         Raises:
           CheckpointError: names each damaged file, or each leaf that does not fit.
         """
-        folder = self.directory / str(step)
         recorded = distributed.from_first(lambda: self._trusted(step), "checking a checkpoint")
+        return self._read(step, abstract_state, recorded)
+
+    def _read(
+        self, step: int, abstract_state: Any, recorded: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[Any, dict[str, Any]]:
+        """State and meta of a step whose files have been checked.
+
+        Args:
+          recorded: what was said of each leaf when it was saved.
+        """
+        folder = self.directory / str(step)
         state = restore_tree(folder / "state", abstract_state)
         leaves = named_leaves(state)[0]
         # What one process saved as a whole and no process holds now has its files' digests alone.
@@ -216,21 +226,25 @@ class RunCheckpoints:
           CheckpointError: every checkpoint is damaged.
         """
         self.wait()
-        step, found = distributed.from_first(self._choose, "choosing a checkpoint")
+        step, leaves, found = distributed.from_first(self._choose, "choosing a checkpoint")
         if step is None:
             return None
-        state, meta = self.restore(step, abstract_state)
+        state, meta = self._read(step, abstract_state, leaves)
         return Restored(step, state, meta, tuple(Problem(*fields) for fields in found))
 
-    def _choose(self) -> tuple[int | None, list[tuple[str, ...]]]:
-        """The newest undamaged step, and what is wrong with newer ones, which are set aside."""
+    def _choose(self) -> tuple[int | None, dict[str, Any], list[tuple[str, ...]]]:
+        """The newest undamaged step with what was said of its leaves, and what is wrong with newer.
+
+        The newer ones are set aside.
+        """
         skipped: list[Problem] = []
         for step in reversed(self.steps()):
             problems = self.check(step)
             if not problems:
                 for newer in [s for s in self.steps() if s > step]:
                     self._set_aside(newer)
-                return step, [dataclasses.astuple(p) for p in skipped]
+                leaves = _read_digests(self.directory / str(step))["leaves"]
+                return step, leaves, [dataclasses.astuple(p) for p in skipped]
             skipped += problems
         if skipped:
             raise CheckpointError(
@@ -239,7 +253,7 @@ class RunCheckpoints:
                 where=self.directory,
                 fix="start again in another directory; the damaged folders are left as they are",
             )
-        return None, []
+        return None, {}, []
 
     def check(self, step: int) -> list[Problem]:
         """What is wrong with the files of one step, named relative to the run's folder."""
