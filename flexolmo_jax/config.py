@@ -229,7 +229,8 @@ class DataConfig:
 
     Attributes:
       sources: the mixture to train on.
-      heldout: source name to token-shard directory, for bits per byte during training.
+      heldout: what is scored during training, in bits per byte of each source alone; weights and
+        `public` say nothing there.
       seq_len: tokens that each row predicts.
       batch_rows: rows per optimizer step over all hosts, gradient accumulation included.
       document_mask: attention and router context stay inside each document of a packed row.

@@ -200,12 +200,6 @@ def route(
     return Routing(jnp.where(usable_BTA, index_BTA, n_slots), weight_BTA, probs_BTE)
 
 
-def z_loss(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """mean(logsumexp(logits)^2) over the positions that `mask` keeps."""
-    z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
-    return jnp.sum(jnp.where(mask, z, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
-
-
 def label_loss(logits_LBTE: jax.Array, own_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     """Cross-entropy of "is this token the owner's?", own row (slot 1) against the public row.
 
