@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def _settings(value: Any, key: str = "") -> dict[str, Any]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         nested = [_settings(v, f"{key}.{k}" if key else str(k)) for k, v in items]
         return {k: v for part in nested for k, v in part.items()}
-    if value and key.split(".")[-1] in ("path", "anchor", "tokenizer"):
+    if value and key.split(".")[-1] in ("path", "anchor", "expert", "tokenizer"):
         value = urls.as_url(value) or str(Path(value).resolve())
     return {key: value}
 
@@ -285,7 +286,8 @@ class Loop:
         shared, groups = stages.assemble(config.stage, self.state["params"], j.frozen)
         allowed = placed.fetch(j.frozen["filled"]) if "filled" in j.frozen else None
         out = {}
-        for source in config.data.heldout:
+        sources = config.data.heldout
+        for name, source in zip(_domains(sources), sources, strict=True):
             batches = loader.heldout_batches(
                 source.path,
                 rows=config.data.batch_rows,
@@ -297,7 +299,7 @@ class Loop:
             score = evaluate.score_text(
                 *(j.model, j.runtime, shared, groups, batches, j.token_bytes), allowed=allowed
             )
-            out[_domain(source)] = round(score.bits_per_byte, 5)
+            out[name] = round(score.bits_per_byte, 5)
         logger.info("held-out bits per byte: %s", "  ".join(f"{k} {v:.3f}" for k, v in out.items()))
         return out
 
@@ -357,10 +359,25 @@ def _line(number: int, total: int, v: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def _domain(source: SourceConfig) -> str:
-    """Name of a token-shard directory: …/code/heldout and …/code are both "code"."""
-    path = Path(source.path)
-    return path.parent.name if path.name in ("heldout", "train") else path.name
+def _domains(sources: Sequence[SourceConfig]) -> list[str]:
+    """A name of its own for each token-shard directory.
+
+    …/code/heldout and …/code are both "code"; a/code and b/code are "a/code" and "b/code".
+    """
+    whole = [Path(source.path) for source in sources]
+    short = [path.parent if path.name in ("heldout", "train") else path for path in whole]
+    # A held-out set and a training set of one text have nothing else to be told apart by.
+    kept = [w if short.count(s) > 1 else s for w, s in zip(whole, short, strict=True)]
+    return [_suffix(path, [other for other in kept if other != path]) for path in kept]
+
+
+def _suffix(path: Path, others: Sequence[Path]) -> str:
+    """The shortest end of a path that none of the others has."""
+    for number in range(1, len(path.parts)):
+        end = path.parts[-number:]
+        if all(other.parts[-number:] != end for other in others):
+            return "/".join(end)
+    return str(path)
 
 
 def _finish(

@@ -291,6 +291,35 @@ def test_another_configuration_is_refused(texts, tmp_path):
     assert again["steps"] == OPTIM.total_steps
 
 
+# Broken once by comparing how the folder of the expert was spelt.
+def test_a_path_is_compared_by_what_it_leads_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields = {"stage": "rows", "expert_id": "own"}
+    near = RunConfig(**fields, anchor="anchor", expert="slices/../slices/own", tokenizer="t")
+    place = types.SimpleNamespace(path=tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(near)))
+    far = {name: str(tmp_path / name) for name in ("anchor", "slices/own", "t")}
+    config = RunConfig(**fields, anchor=far["anchor"], expert=far["slices/own"], tokenizer=far["t"])
+    train._refuse_other(place, config)
+    with pytest.raises(ConfigError, match="expert was"):
+        train._refuse_other(place, dataclasses.replace(config, expert="slices/other"))
+
+
+# Broken once by the last part alone: the second score took the place of the first.
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/news/heldout", "a/code/heldout"], ["news", "code"]),
+        (["a/news/heldout", "b/news/heldout", "b/code"], ["a/news", "b/news", "code"]),
+        (["a/news/heldout", "a/news/train"], ["heldout", "train"]),
+        (["/x/a/news", "/y/a/news/heldout"], ["x/a/news", "y/a/news"]),
+        (["news", "a/news"], ["news", "a/news"]),
+    ],
+)
+def test_every_held_out_text_has_a_name_of_its_own(paths, names):
+    assert train._domains([SourceConfig(path) for path in paths]) == names
+
+
 def test_a_capacity_is_not_changed_on_the_way(tmp_path):
     config = RunConfig(stage="router", anchor="a", exec=ExecConfig(capacity=1.5))
     place = types.SimpleNamespace(path=tmp_path)
