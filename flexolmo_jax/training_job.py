@@ -28,7 +28,7 @@ from flexolmo_jax import (
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.data import tokenize
 from flexolmo_jax.errors import ConfigError, RefusedError
-from flexolmo_jax.experts import model_dir, model_info, router_init
+from flexolmo_jax.experts import loading, model_dir, model_info, router_init
 from flexolmo_jax.experts import slice as slices
 from flexolmo_jax.runtime import Runtime
 
@@ -323,8 +323,14 @@ def _load(config: RunConfig, program: programs.Program) -> tree.Tree:
     else:
         places = stages.join(state, frozen)
     found = {name: leaf.sharding for name, leaf in tree.flatten(places).items()}
+
+    def place(name: str, _shape: tuple[int, ...]) -> Any:
+        return found[name]
+
     with distributed.together("loading the model that the stage starts from"):
-        return model_dir.load_model(config.anchor, sharding_fn=lambda name, _: found[name])[1]
+        arrays = model_dir.read_model(config.anchor, sharding_fn=place)[1]
+    # Hosts that exchange what they have read wait for one another: only once none has failed.
+    return tree.unflatten(loading.spread(arrays, place))
 
 
 def _cast(leaves: tree.Tree, like: tree.Tree) -> tree.Tree:

@@ -78,7 +78,11 @@ def test_every_sharding_gives_the_same_values(tmp_path, monkeypatch, kind, block
     made, whole = source(tmp_path, shape, slots)
     mesh = grid(2, 2, 2)
     wanted = named(mesh, *spec)
-    found = loading.place({"x": made, "plain": made}, lambda n, _: wanted if n == "x" else None)
+
+    def where(name, _):
+        return wanted if name == "x" else None
+
+    found = loading.spread(loading.place({"x": made, "plain": made}, where), where)
     assert found["x"].sharding == wanted and np.array_equal(found["x"], whole)
     assert isinstance(found["plain"], np.ndarray) and np.array_equal(found["plain"], whole)
 
@@ -93,7 +97,10 @@ def test_short_runs_are_read_in_long_ones_and_exchanged(tmp_path, monkeypatch, c
     monkeypatch.setattr(loading, "crosses_hosts", lambda _: True)
     by = loading.readable(made, target)
     assert by.is_equivalent_to(named(mesh, None, "expert", "data"), 4)
-    found = loading.place({"x": made}, lambda *_: target)["x"]
+    read = loading.place({"x": made}, lambda *_: target)
+    assert read["x"].sharding == by  # Nobody waits for another host before all have read.
+    found = loading.spread(read, lambda *_: target)["x"]
+    assert not read
     assert found.sharding == target and np.array_equal(found, whole)
     assert sum(counted) == whole.nbytes  # Each byte once, where cutting rows would read all of it
     counted.clear()

@@ -102,7 +102,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Arrays by name, or what is wrong with their files."""
+    """Arrays by name as they were read, for `spread`; or what is wrong with their files."""
 
     arrays: dict[str, Any]
     problems: list[Problem]
@@ -117,10 +117,10 @@ def load(
 ) -> Loaded:
     """Checks files, then makes the arrays; by their shardings, numpy arrays where there is none.
 
-    All processes of a mesh must call this with the same sources. Files of a linked model are not
-    this model's alone, so they must still be the ones that were checked once they were read. Where
-    only the time of their status is another (a new hard link, or bytes that were changed and a
-    clock that was set back), all is checked and read again.
+    All processes of a mesh must call this with the same sources, and then `spread`. Files of a
+    linked model are not this model's alone, so they must still be the ones that were checked once
+    they were read. Where only the time of their status is another (a new hard link, or bytes that
+    were changed and a clock that was set back), all is checked and read again.
 
     Args:
       items: files to check first; none trusts them.
@@ -172,7 +172,10 @@ def _judged_together(items: Sequence[onepass.Item]) -> onepass.Judged:
 
 
 def place(sources: Mapping[str, Source], sharding_fn: ShardingFn | None) -> dict[str, Any]:
-    """The arrays; several shards at a time, of `BUDGET` bytes together or one that is larger."""
+    """The arrays as they are read, for `spread`; waits for no other process.
+
+    Several shards at a time, of `BUDGET` bytes together or one that is larger.
+    """
     targets = {n: sharding_fn(n, s.shape) if sharding_fn else None for n, s in sources.items()}
     plans = {name: target and readable(sources[name], target) for name, target in targets.items()}
     held, jobs, out = Budget(BUDGET), {}, {}
@@ -185,7 +188,23 @@ def place(sources: Mapping[str, Source], sharding_fn: ShardingFn | None) -> dict
         for name, source in sources.items():
             # Taken out, as a job would keep its shards beside the array that they became.
             shards = [job.result() for job in jobs.pop(name)]
-            out[name] = _assemble(source, plans[name], targets[name], shards)
+            out[name] = _assemble(source, plans[name], shards)
+    return out
+
+
+def spread(arrays: dict[str, Any], sharding_fn: ShardingFn | None) -> dict[str, Any]:
+    """The arrays where they belong: hosts exchange what they have read for one another.
+
+    All processes of a mesh must call this with the same arrays, once none has failed to read:
+    it waits for them. Takes the arrays out of `arrays`, and needs room for one of them twice.
+    """
+    out = {}
+    for name in list(arrays):
+        array = arrays.pop(name)
+        target = sharding_fn(name, array.shape) if sharding_fn else None
+        if target is not None and not array.sharding.is_equivalent_to(target, array.ndim):
+            array = jax.block_until_ready(_spread(target)(array))
+        out[name] = array
     return out
 
 
@@ -210,15 +229,12 @@ def _shard(
     return out
 
 
-def _assemble(
-    source: Source, plan: Sharding | None, target: Sharding | None, shards: Sequence[dict[Any, Any]]
-) -> Any:
+def _assemble(source: Source, plan: Sharding | None, shards: Sequence[dict[Any, Any]]) -> Any:
     found = {device: array for shard in shards for device, array in shard.items()}
-    if plan is None or target is None:
+    if plan is None:
         return found[None]
     ordered = [found[device] for device in plan.addressable_devices_indices_map(source.shape)]
-    array = jax.make_array_from_single_device_arrays(source.shape, plan, ordered)
-    return array if plan is target else _spread(target)(array)
+    return jax.make_array_from_single_device_arrays(source.shape, plan, ordered)
 
 
 @functools.cache

@@ -208,6 +208,25 @@ def load_model(
       RefusedError: anything damaged or out of place, with every problem found.
       ConfigError: an id that the model does not have.
     """
+    info, arrays, opened = read_model(
+        path, experts=experts, verify=verify, sharding_fn=sharding_fn, together=together
+    )
+    return info, trees.unflatten(loading.spread(arrays, sharding_fn)), opened
+
+
+def read_model(
+    path: str | Path,
+    *,
+    experts: Collection[str] | None = None,
+    verify: bool = True,
+    sharding_fn: loading.ShardingFn | None = None,
+    together: bool = False,
+) -> tuple[model_info.ModelInfo, dict[str, Any], tuple[str, ...]]:
+    """The part of `load_model` that waits for no other process, unless they check `together`.
+
+    Returns:
+      info, arrays by leaf name for `loading.spread`, and the ids that were opened.
+    """
     info = model_info.read_info(path)
     for expert in experts or ():
         info.expert_path(expert)
@@ -231,7 +250,7 @@ def load_model(
     found = loading.load(_sources(info, pieces), sharding_fn, items, together=together)
     if found.problems:
         raise RefusedError(f"{path} cannot be loaded", found.problems)
-    return info, trees.unflatten(found.arrays), opened
+    return info, found.arrays, opened
 
 
 def _sources(
