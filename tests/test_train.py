@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import expert_helpers
@@ -46,7 +45,6 @@ from flexolmo_jax.config import (
 )
 from flexolmo_jax.errors import (
     AssetError,
-    CheckpointError,
     ConfigError,
     RefusedError,
     TrainingError,
@@ -292,20 +290,6 @@ def test_another_configuration_is_refused(texts, tmp_path):
     assert again["steps"] == OPTIM.total_steps
 
 
-# Broken once by comparing how the folder of the expert was spelt.
-def test_a_path_is_compared_by_what_it_leads_to(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fields = {"stage": "rows", "expert_id": "own"}
-    near = RunConfig(**fields, anchor="anchor", expert="slices/../slices/own", tokenizer="t")
-    place = types.SimpleNamespace(path=tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(near)))
-    far = {name: str(tmp_path / name) for name in ("anchor", "slices/own", "t")}
-    config = RunConfig(**fields, anchor=far["anchor"], expert=far["slices/own"], tokenizer=far["t"])
-    train._refuse_other(place, config)
-    with pytest.raises(ConfigError, match="expert was"):
-        train._refuse_other(place, dataclasses.replace(config, expert="slices/other"))
-
-
 # Broken once by the last part alone: the second score took the place of the first.
 @pytest.mark.parametrize(
     ("paths", "names"),
@@ -321,24 +305,6 @@ def test_every_held_out_text_has_a_name_of_its_own(paths, names):
     assert train._domains([SourceConfig(path) for path in paths]) == names
 
 
-def test_a_capacity_is_not_changed_on_the_way(tmp_path):
-    config = RunConfig(stage="router", anchor="a", exec=ExecConfig(capacity=1.5))
-    place = types.SimpleNamespace(path=tmp_path)
-
-    def started(**changes):
-        text = json.dumps({**dataclasses.asdict(config), **changes})
-        (tmp_path / "config.json").write_text(text)
-
-    started()
-    train._refuse_other(place, config)
-    with pytest.raises(ConfigError, match=r"capacity was 1\.5, is 0\.0"):
-        train._refuse_other(place, dataclasses.replace(config, exec=ExecConfig()))
-    started(exec={"compute_dtype": "bfloat16"})  # as it was written before there was one
-    train._refuse_other(place, dataclasses.replace(config, exec=ExecConfig()))
-    with pytest.raises(ConfigError, match=r"capacity was 0\.0, is 1\.5"):
-        train._refuse_other(place, config)
-
-
 def test_three_bad_steps_stop_the_run(texts, anchor, tmp_path, monkeypatch):
     whole = step.train_step
 
@@ -349,27 +315,6 @@ def test_three_bad_steps_stop_the_run(texts, anchor, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "train_step", poisoned)
     with pytest.raises(TrainingError, match="3 steps in a row"):
         train.fit(expert_config(texts, anchor), tmp_path / "w")
-
-
-STARTED_FROM = {"anchor_digest": "a", "model_digest": "m", "rows_of": "s"}
-
-
-def go_on(meta):
-    """The state that a run goes on with, whose checkpoint says this."""
-    started = types.SimpleNamespace(anchor_digest="a", model_digest="m", is_anchor=False)
-    j = types.SimpleNamespace(anchor=started, rows_of="s", abstract_state=None)
-    restored = run_checkpoints.Restored(3, "state", {"iterator": {}, **meta})
-    saved = types.SimpleNamespace(restore_latest=lambda _: restored, directory="w")
-    return train._restore(j, saved, types.SimpleNamespace(set_state=lambda _: None))
-
-
-# Broken once by a look at the anchor alone.
-@pytest.mark.parametrize(("key", "what"), train.STARTS.items())
-def test_a_checkpoint_is_of_what_the_run_starts_from(key, what):
-    with pytest.raises(CheckpointError, match=f"another {what}"):
-        go_on({**STARTED_FROM, key: "other"})
-    assert go_on(STARTED_FROM) == "state"
-    assert go_on({"anchor_digest": "a"}) == "state"  # as it was written before
 
 
 @pytest.mark.parametrize(
