@@ -126,6 +126,8 @@ def load(
       items: files to check first; none trusts them.
       together: each process checks a share of the items, and all refuse what one finds.
     """
+    changed: list[Problem] = []
+    unsure: list[Problem] = []
     for _ in range(TRIES):
         judged = _judged_together(items) if together else onepass.judge(items)
         if judged.problems:
@@ -133,7 +135,7 @@ def load(
         arrays = place(sources, sharding_fn)
         changed, unsure = _compared(judged.stamps)
         if together:
-            found = multihost_utils.process_allgather(np.int32([len(changed), len(unsure)]))
+            found = multihost_utils.process_allgather(np.array([len(changed), len(unsure)]))
             elsewhere, again = found.reshape(-1, 2).sum(axis=0)
         else:
             elsewhere, again = len(changed), len(unsure)
