@@ -9,6 +9,7 @@ PYTEST_ARGS ?= -q -n auto --dist loadfile
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 HF_PYTEST_ARGS ?= -q -n auto --dist loadgroup
+PODS_PYTEST_ARGS ?= -q -n 2 --dist loadfile
 
 # `make test-pods PODS=` compiles the programs of whole pods too.
 PODS ?= not slow_pods
@@ -47,9 +48,11 @@ $(VENV)/.installed-hf: $(VENV)/.installed
 	@touch $@
 
 # The TPU compiler (libtpu, some 700 MB) has an environment of its own: where it is installed,
-# every import of jax looks for a TPU. One process, since each would load the compiler.
+# every import of jax looks for a TPU. A program is compiled by one thread; a process takes up to
+# 5 GB, so there are two, however many cores there are.
 test-pods: .venv-pods/.installed
-	@$(PODS_BIN)/python -m pytest -q --confcutdir=tests/pods -m '$(PODS)' tests/pods $(ARGS)
+	@$(PODS_BIN)/python -m pytest $(PODS_PYTEST_ARGS) --confcutdir=tests/pods -m '$(PODS)' \
+		tests/pods $(ARGS)
 
 .venv-pods/.installed: setup.cfg pyproject.toml
 	test -x $(PODS_BIN)/python || $(PYTHON) -m venv .venv-pods
